@@ -254,7 +254,7 @@ def _filter(p_l, p_m, p_a, b_lse, m_p, m_d, t, s_lc, C,
 
 def tile_configs(D):
     """Tiles of at most 64 pixels: then a logit is loaded by the threads that use it and never passes through shared memory."""
-    shapes = [(4, 16, 4), (8, 8, 4), (2, 16, 4), (4, 8, 2)] if D <= 64 else [(2, 8, 4), (2, 8, 8), (1, 8, 4)]
+    shapes = [(4, 16, 4), (2, 16, 4), (4, 8, 2)] if D <= 64 else [(2, 8, 4), (2, 8, 8), (1, 8, 4)]
     return [dict(BY=y, BX=x, num_warps=w) for y, x, w in shapes]
 
 
@@ -298,7 +298,8 @@ def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, 
 
         tuning.launch("dv", s.key, tile_configs(s.constants["BD"]), launch_dv, v.device)
     if needs[1]:
-        dlogits = torch.empty_like(s.logits)  # dense strides are kept, so the projection before it reads its own layout
+        dlogits = torch.empty_like(s.logits)
+        dlogits = dlogits if _pixel_strides(dlogits) else torch.empty(dlogits.shape, dtype=v.dtype, device=v.device)
         strides = _pixel_strides(dlogits)
         flags = {name: s.flags[name] for name in ("NORM", "MUL", "ACC")}
 

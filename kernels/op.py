@@ -146,21 +146,21 @@ def _attention_backward(grad_out: torch.Tensor, v: torch.Tensor, logits: torch.T
                         add: torch.Tensor | None, lse: torch.Tensor, kernel_size: int, dilation: int, stride: int, normalize: bool,
                         needs: list[bool]) -> list[torch.Tensor]:
     """The gradients that `needs` asks for, of (v, logits, mul, add), in this order."""
-    wanted = [x for x, need in zip((v, logits, mul, add), needs) if need]
+    wanted = _fake_attention_backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, normalize, needs)
     if grad_out.numel() == 0:
-        return [_dense(x).zero_() for x in wanted]
+        return [x.zero_() for x in wanted]
     with _device(v):
         grads = _rooms(v).backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, normalize, needs)
-    return [g.to(x.dtype) for g, x in zip((g for g in grads if g is not None), wanted)]
+    # Compiled code relies on the strides and dtypes that the fake kernel promised.
+    return [g if g.stride() == x.stride() and g.dtype == x.dtype else x.copy_(g)
+            for g, x in zip((g for g in grads if g is not None), wanted)]
 
 
 @_attention_backward.register_fake
 def _fake_attention_backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, normalize, needs):
-    return [_dense(x) for x, need in zip((v, logits, mul, add), needs) if need]
-
-
-def _dense(x):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    likes = (v.new_empty(v.shape), None if logits is None else torch.empty_like(logits), *(None if x is None else x.new_empty(x.shape)
+             for x in (mul, add)))  # dlogits keeps the layout of logits, so that the projection before it reads its own
+    return [x for x, need in zip(likes, needs) if need]
 
 
 def _device(x):

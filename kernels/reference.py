@@ -20,7 +20,7 @@ def elsa_attention_reference(v, logits, ghost_mul=None, ghost_add=None, *, kerne
     k, r = kernel_size, kernel_size // 2
     Ho, Wo = H // stride, W // stride
     if logits is not None:
-        a = logits.reshape(B, -1, k * k, Ho, Wo)  # (B, G, K, Ho, Wo)
+        a = logits.reshape(B, logits.shape[1] // (k * k), k * k, Ho, Wo)  # (B, G, K, Ho, Wo)
         a = a.softmax(2) if normalize else a
         a = a.repeat_interleave(C // a.shape[1], dim=1)  # (B, C, K, Ho, Wo)
     padded = F.pad(v, (0, 0, r * dilation, r * dilation, r * dilation, r * dilation))

@@ -1,0 +1,103 @@
+"""Compiling the kernels for GPUs that are not there, and reading what they cost from the result.
+
+The launchers themselves are run, on CPU tensors, with the kernels replaced by recorders; so what is compiled here is what
+a GPU would be given: every configuration of the tuner, with the divisibility of the true sizes and strides.
+"""
+import contextlib
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import aggregation, tuning
+
+TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
+           "gfx942": GPUTarget("hip", "gfx942", 64)}
+KERNELS = ("forward_kernel", "dv_kernel", "dlogits_kernel", "dghost_kernel")
+# name: (height, width, heads, head width, kernel size, ghost_mul?)
+SHAPES = {"swin_t stage 1": (56, 56, 3, 32, 7, False), "volo_d1 stage 1": (28, 28, 6, 32, 5, True)}
+
+
+def launches(shape, dtype):
+    """Every (kernel, arguments, constants) that one forward and backward pass would launch, once per configuration."""
+    H, W, G, D, k, multiplicative = shape
+    v = torch.zeros(1, H, W, G * D, dtype=dtype)
+    logits = torch.zeros(1, G * k * k, H, W, dtype=dtype)
+    add = torch.zeros(G * D, k, k)
+    arguments = (v, logits, add.clone() if multiplicative else None, add, k, 1, 1, True)
+    recorded = []
+    with _recording(recorded):
+        _, lse = aggregation.forward(*arguments)
+        aggregation.backward(v, *arguments[:4], lse, *arguments[4:], (True, True, multiplicative, True))
+    return recorded
+
+
+def resources(kernel, arguments, constants, target):
+    """What one launch costs on one of TARGETS: registers a thread, bytes spilled or on the stack, bytes of shared memory,
+    and, on NVIDIA, how many global loads of each width in bits and how many instructions the kernel has."""
+    names = [parameter.name for parameter in kernel.params]
+    options = {name: constants[name] for name in constants if name not in names}
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature, attrs = {}, {}
+    for i, (name, value) in enumerate(zip(names, arguments)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(value.dtype)[6:]]
+            divisible = True
+        elif value == 1:  # the launcher compiles strides of one in
+            constants[name], divisible = 1, False
+        else:
+            signature[name], divisible = "i32", value % 16 == 0
+        if divisible:
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    signature |= {name: "constexpr" for name in constants}
+    compiled = triton.compile(ASTSource(fn=kernel, signature={name: signature[name] for name in names}, attrs=attrs,
+                                        constexprs={(names.index(name),): value for name, value in constants.items()}),
+                              target=TARGETS[target], options=options)
+    return _amd(compiled) if target.startswith("gfx") else _nvidia(compiled)
+
+
+def _nvidia(compiled):
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    loads = re.findall(r"\bLDG\.E\.?(?:\w+\.)*?(U?8|U?16|64|128)?\b[^;]*;", sass)
+    widths = {f"{bits}-bit": loads.count(str(bits)) for bits in (64, 128)}
+    return dict(registers=used["REG"], spilled=used["STACK"] + used["LOCAL"], shared=compiled.metadata.shared, loads=widths,
+                instructions=len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+[^\s]", sass)))
+
+
+def _amd(compiled):
+    read = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"]).group(1))
+    return dict(registers=read("vgpr_count"), spilled=read("vgpr_spill_count") + read("sgpr_spill_count"),
+                shared=compiled.metadata.shared)
+
+
+@contextlib.contextmanager
+def _recording(recorded):
+    """In this block a launch is noted down instead of done, and the tuner tries every configuration."""
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: recorded.append((self.kernel, arguments, constants))
+
+    kernels, launch = {name: getattr(aggregation, name) for name in KERNELS}, tuning.launch
+    try:
+        for name, kernel in kernels.items():
+            setattr(aggregation, name, Recorder(kernel))
+        tuning.launch = lambda kernel, problem, configs, run, device: [run(**config) for config in configs]
+        yield
+    finally:
+        for name, kernel in kernels.items():
+            setattr(aggregation, name, kernel)
+        tuning.launch = launch
