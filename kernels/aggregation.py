@@ -5,7 +5,8 @@ neighbourhood in a loop and over its columns unrolled. Sums are float32 (float64
 atomically: dv gathers from the output pixels that read it, and the filters' gradients are partial sums, one per program.
 
 Prefixes: p_ pointers, b_ tiles in registers, o_ offsets, m_ masks, s_ strides in elements. Inside one sample offsets are
-32-bit, from sample to sample 64-bit.
+32-bit, from sample to sample 64-bit. `rows` is k once more, as a number that the compiler does not know: otherwise it
+unrolls short loops over rows as well, and runs out of registers.
 """
 import torch
 import triton
@@ -16,7 +17,7 @@ from kernels import tuning
 
 @triton.jit
 def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
-                   H, W, Ho, Wo, G, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_mb, s_ab,
+                   H, W, Ho, Wo, G, rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_mb, s_ab,
                    k: tl.constexpr, DIL: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
                    ATTN: tl.constexpr, NORM: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
                    BY: tl.constexpr, BX: tl.constexpr):
@@ -39,7 +40,7 @@ def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
     p_mul += b * s_mb + g * D
     p_add += b * s_ab + g * D
     b_out = tl.zeros([BY * BX, BD], dtype=ACC)
-    for i in range(k):
+    for i in range(rows):
         o_vy = o_y * STRIDE + (i - k // 2) * DIL
         m_y = m_p & (o_vy >= 0) & (o_vy < H)
         p_row = (p_v + o_vy * s_vy + o_x * STRIDE * s_vx)[:, None] + o_d[None, :]  # [BP, BD]
@@ -56,7 +57,7 @@ def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
 
 @triton.jit
 def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
-              H, W, Ho, Wo, G, s_lb, s_lc, s_lp, s_mb, s_ab,
+              H, W, Ho, Wo, G, rows, s_lb, s_lc, s_lp, s_mb, s_ab,
               k: tl.constexpr, DIL: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
               ATTN: tl.constexpr, NORM: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
               BY: tl.constexpr, BX: tl.constexpr):
@@ -74,7 +75,7 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
     p_mul += b * s_mb + g * D
     p_add += b * s_ab + g * D
     b_dv = tl.zeros([BY * BX, BD], dtype=ACC)
-    for i in range(k):
+    for i in range(rows):
         o_qy = o_y - (i - k // 2) * DIL
         m_y = m_p & (o_qy >= 0)
         if STRIDE > 1:
@@ -102,7 +103,7 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
 
 @triton.jit
 def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
-                   H, W, Ho, Wo, G, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_db, s_dc, s_dp, s_mb,
+                   H, W, Ho, Wo, G, rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_db, s_dc, s_dp, s_mb,
                    k: tl.constexpr, DIL: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
                    NORM: tl.constexpr, MUL: tl.constexpr, ACC: tl.constexpr,
                    BY: tl.constexpr, BX: tl.constexpr):
@@ -130,7 +131,7 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
     if NORM:
         b_lse = tl.load(p_lse + (b * G + g) * (Ho * Wo) + o_p, mask=m_p, other=0.0)
         b_attended = tl.zeros([BY * BX, BD], dtype=ACC)
-        for i in range(k):
+        for i in range(rows):
             o_vy = o_y * STRIDE + (i - k // 2) * DIL
             m_y = m_p & (o_vy >= 0) & (o_vy < H)
             p_row = (p_v + o_vy * s_vy + o_x * STRIDE * s_vx)[:, None] + o_d[None, :]
@@ -142,7 +143,7 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
                               True, True, MUL, False, ACC)
                 b_attended += b_v * b_f
         b_sum = tl.sum(b_go * b_attended, axis=1)
-    for i in range(k):
+    for i in range(rows):
         o_vy = o_y * STRIDE + (i - k // 2) * DIL
         m_y = m_p & (o_vy >= 0) & (o_vy < H)
         p_row = (p_v + o_vy * s_vy + o_x * STRIDE * s_vx)[:, None] + o_d[None, :]
@@ -250,18 +251,27 @@ def _filter(p_l, p_m, p_a, b_lse, m_p, m_d, t, s_lc, C,
     return b_f
 
 
-# One entry per candidate; the first is taken where nothing can be measured. D is the padded head width.
+# Candidates of the tuner; the first is taken where nothing can be measured. D is the padded head width.
+
+WARP_SIZE = 64 if torch.version.hip else 32
+
 
 def tile_configs(D):
     """Tiles of at most 64 pixels: then a logit is loaded by the threads that use it and never passes through shared memory."""
-    shapes = [(4, 16, 4), (2, 16, 4), (4, 8, 2)] if D <= 64 else [(2, 8, 4), (2, 8, 8), (1, 8, 4)]
-    return [dict(BY=y, BX=x, num_warps=w) for y, x, w in shapes]
+    shapes = [(4, 16, 128, 255), (2, 16, 128, 168), (4, 8, 64, 255)] if D <= 64 else [(2, 8, 128, 255), (2, 8, 256, 255), (1, 8, 128, 255)]
+    return [dict(BY=y, BX=x, **_threads(threads, registers)) for y, x, threads, registers in shapes]
 
 
 def dghost_configs(D, kernel_size):
+    """BJ taps times BP pixels times D channels are held in registers; about 2048 of them."""
     BJ = triton.next_power_of_2(kernel_size)
-    wide = [(BJ, 8, 4), (min(BJ, 4), 16, 4), (min(BJ, 2), 32, 4)]
-    return [dict(BJ=j, BP=max(1, p * 32 // max(D, 32)), num_warps=w) for j, p, w in dict.fromkeys(wide)]
+    blocks = dict.fromkeys([(BJ, max(1, 64 // BJ)), (min(BJ, 4), 16), (min(BJ, 2), 32)])
+    return [dict(BJ=j, BP=max(1, p * 32 // max(D, 32)), **_threads(128, 255)) for j, p in blocks]
+
+
+def _threads(threads, registers):
+    """Launch options. Left to itself, ptxas spills a few bytes for the sake of occupancy; given a limit, it keeps to it."""
+    return dict(num_warps=threads // WARP_SIZE, **(dict(maxnreg=registers) if WARP_SIZE == 32 else {}))
 
 
 def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
@@ -274,10 +284,10 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
     out = torch.empty(s.B, s.Ho, s.Wo, s.C, dtype=v.dtype, device=v.device)
     lse = torch.empty(s.B, s.G, s.Ho, s.Wo, dtype=s.accumulator, device=v.device) if s.flags["NORM"] else s.nothing
 
-    def launch(BY, BX, num_warps):
-        forward_kernel[s.tiles(s.Ho, s.Wo, BY, BX)](
-            s.v, s.logits, s.mul, s.add, out, lse, *s.sizes, *s.v_strides, *s.logits_strides, s.mul_stride, s.add_stride,
-            **s.constants, **s.flags, BY=BY, BX=BX, num_warps=num_warps)
+    def launch(**config):
+        forward_kernel[s.tiles(s.Ho, s.Wo, config)](
+            s.v, s.logits, s.mul, s.add, out, lse, *s.sizes, kernel_size, *s.v_strides, *s.logits_strides, s.mul_stride, s.add_stride,
+            **s.constants, **s.flags, **config)
 
     tuning.launch("forward", s.key, tile_configs(s.constants["BD"]), launch, v.device)
     return out, lse
@@ -291,10 +301,10 @@ def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, 
     if needs[0]:
         dv = torch.empty(s.B, s.H, s.W, s.C, dtype=v.dtype, device=v.device)
 
-        def launch_dv(BY, BX, num_warps):
-            dv_kernel[s.tiles(s.H, s.W, BY, BX)](
-                go, s.logits, s.mul, s.add, lse, dv, *s.sizes, *s.logits_strides, s.mul_stride, s.add_stride,
-                **s.constants, **s.flags, BY=BY, BX=BX, num_warps=num_warps)
+        def launch_dv(**config):
+            dv_kernel[s.tiles(s.H, s.W, config)](
+                go, s.logits, s.mul, s.add, lse, dv, *s.sizes, kernel_size, *s.logits_strides, s.mul_stride, s.add_stride,
+                **s.constants, **s.flags, **config)
 
         tuning.launch("dv", s.key, tile_configs(s.constants["BD"]), launch_dv, v.device)
     if needs[1]:
@@ -303,10 +313,10 @@ def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, 
         strides = _pixel_strides(dlogits)
         flags = {name: s.flags[name] for name in ("NORM", "MUL", "ACC")}
 
-        def launch_dlogits(BY, BX, num_warps):
-            dlogits_kernel[s.tiles(s.Ho, s.Wo, BY, BX)](
-                s.v, go, s.logits, s.mul, lse, dlogits, *s.sizes, *s.v_strides, *s.logits_strides, *strides, s.mul_stride,
-                **s.constants, **flags, BY=BY, BX=BX, num_warps=num_warps)
+        def launch_dlogits(**config):
+            dlogits_kernel[s.tiles(s.Ho, s.Wo, config)](
+                s.v, go, s.logits, s.mul, lse, dlogits, *s.sizes, kernel_size, *s.v_strides, *s.logits_strides, *strides, s.mul_stride,
+                **s.constants, **flags, **config)
 
         tuning.launch("dlogits", s.key, tile_configs(s.constants["BD"]), launch_dlogits, v.device)
     if needs[2] or needs[3]:
@@ -324,10 +334,10 @@ def _dghost(s, go, lse, mul, add, needs):
     parts = [torch.empty(s.B * n_chunks, K, s.C, dtype=s.accumulator, device=go.device) if need else s.nothing for need in needs[2:]]
     flags = dict(s.flags, MUL=needs[2], ADD=needs[3])
 
-    def launch(BJ, BP, num_warps):
-        dghost_kernel[(s.B * n_chunks, s.G, k * triton.cdiv(k, BJ))](
+    def launch(**config):
+        dghost_kernel[(s.B * n_chunks, s.G, k * triton.cdiv(k, config["BJ"]))](
             s.v, go, s.logits, lse, *parts, *s.sizes, chunk, n_chunks, *s.v_strides, *s.logits_strides,
-            **s.constants, **flags, BJ=BJ, BP=BP, num_warps=num_warps)
+            **s.constants, **flags, **config)
 
     tuning.launch("dghost", s.key, dghost_configs(s.constants["BD"], k), launch, go.device)
     grads = []
@@ -374,8 +384,8 @@ class _Setting:
         ghost = ghost.flatten(-2).transpose(-1, -2).contiguous().to(self.accumulator)
         return ghost, 0 if ghost.ndim == 2 else ghost.stride(0)
 
-    def tiles(self, H, W, BY, BX):
-        return self.B * triton.cdiv(H, BY) * triton.cdiv(W, BX), self.G
+    def tiles(self, H, W, config):
+        return self.B * triton.cdiv(H, config["BY"]) * triton.cdiv(W, config["BX"]), self.G
 
 
 def _pixel_strides(logits):

@@ -23,15 +23,15 @@ KERNELS = ("forward_kernel", "dv_kernel", "dlogits_kernel", "dghost_kernel")
 SHAPES = {"swin_t stage 1": (56, 56, 3, 32, 7, False), "volo_d1 stage 1": (28, 28, 6, 32, 5, True)}
 
 
-def launches(shape, dtype):
-    """Every (kernel, arguments, constants) that one forward and backward pass would launch, once per configuration."""
+def launches(shape, dtype, target):
+    """Every (kernel, arguments, constants) that one forward and backward pass would launch on one of TARGETS, once per configuration."""
     H, W, G, D, k, multiplicative = shape
     v = torch.zeros(1, H, W, G * D, dtype=dtype)
     logits = torch.zeros(1, G * k * k, H, W, dtype=dtype)
     add = torch.zeros(G * D, k, k)
     arguments = (v, logits, add.clone() if multiplicative else None, add, k, 1, 1, True)
     recorded = []
-    with _recording(recorded):
+    with _recording(recorded, TARGETS[target].warp_size):
         _, lse = aggregation.forward(*arguments)
         aggregation.backward(v, *arguments[:4], lse, *arguments[4:], (True, True, multiplicative, True))
     return recorded
@@ -82,7 +82,7 @@ def _amd(compiled):
 
 
 @contextlib.contextmanager
-def _recording(recorded):
+def _recording(recorded, warp_size):
     """In this block a launch is noted down instead of done, and the tuner tries every configuration."""
     class Recorder:
         def __init__(self, kernel):
@@ -92,7 +92,9 @@ def _recording(recorded):
             return lambda *arguments, **constants: recorded.append((self.kernel, arguments, constants))
 
     kernels, launch = {name: getattr(aggregation, name) for name in KERNELS}, tuning.launch
+    host_warp_size = aggregation.WARP_SIZE
     try:
+        aggregation.WARP_SIZE = warp_size
         for name, kernel in kernels.items():
             setattr(aggregation, name, Recorder(kernel))
         tuning.launch = lambda kernel, problem, configs, run, device: [run(**config) for config in configs]
@@ -101,3 +103,4 @@ def _recording(recorded):
         for name, kernel in kernels.items():
             setattr(aggregation, name, kernel)
         tuning.launch = launch
+        aggregation.WARP_SIZE = host_warp_size

@@ -3,7 +3,7 @@ import os
 
 import torch
 
-from kernels import aggregation, cpu
+from kernels import cpu
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -118,7 +118,10 @@ def _check_tensors(v, logits, ghost_mul, ghost_add, kernel_size, stride):
 
 def _rooms(x):
     """The module that computes for this tensor's device."""
-    return aggregation if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" else cpu
+    if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        from kernels import aggregation  # only now: Triton has no packages for macOS and Windows, where the CPU path must work
+        return aggregation
+    return cpu
 
 
 @torch.library.custom_op("elsa::attention", mutates_args=())

@@ -9,9 +9,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-import triton
-import triton.testing
-from triton.runtime.errors import OutOfResources, PTXASError
 
 _table = None  # "device | kernel | problem" -> configuration
 
@@ -25,6 +22,8 @@ def launch(kernel, problem, configs, run, device):
     # A stream under capture can be neither synchronised nor timed.
     if device.type != "cuda" or len(configs) == 1 or torch.cuda.is_current_stream_capturing():
         return run(**configs[0])
+    import triton  # here and below, not above: the CPU path works where Triton does not exist
+
     key = " | ".join([torch.cuda.get_device_name(device), f"triton {triton.__version__}", kernel,
                       " ".join(f"{name}={value}" for name, value in problem.items())])
     table = tuned()
@@ -53,10 +52,13 @@ def cache_file():
 
 
 def _measure(kernel, configs, run):
+    from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.testing import do_bench
+
     times = []
     for config in configs:
         try:
-            times.append(triton.testing.do_bench(lambda: run(**config), warmup=5, rep=20, return_mode="median"))
+            times.append(do_bench(lambda: run(**config), warmup=5, rep=20, return_mode="median"))
         except (OutOfResources, PTXASError):
             times.append(float("inf"))
     best = min(range(len(configs)), key=times.__getitem__)
