@@ -1,0 +1,45 @@
+"""Architectures by name: `create_model("swin_t", attn="elsa")`."""
+import difflib
+import inspect
+
+from models import swin
+from models.weights import load_weights
+
+# name -> (class, the numbers of this size). The class names its attentions, the default first, in `attentions`.
+MODELS = {name: (swin.Swin, config) for name, config in swin.CONFIGS.items()}
+
+
+def list_models():
+    """Names that create_model knows."""
+    return sorted(MODELS)
+
+
+def create_model(name, *, attn=None, num_classes=1000, img_size=224, **overrides):
+    """Builds a model with fresh weights.
+
+    Args:
+        name: one of list_models().
+        attn: kind of attention, e.g. "elsa"; None: the architecture's own ("window" for Swin).
+        num_classes: width of the logits; 0: pooled features instead of logits.
+        img_size: side of the images in pixels, for architectures with a position embedding. Swin has none, takes images of any
+            size and ignores it.
+        overrides: any other argument of the architecture, e.g. drop_path_rate=0.2, patch_size=2, checkpointing=True.
+
+    Returns: an nn.Module, images (B, 3, H, W) -> logits (B, num_classes).
+    Raises ValueError for an unknown name, attention or override, with the nearest known one.
+    """
+    architecture, config = MODELS[_known("model", name, list_models())]
+    options = [option for option in inspect.signature(architecture).parameters if option not in ("attn", "num_classes", "img_size")]
+    for override in overrides:
+        _known(f"override of {name}", override, options)
+    attn = architecture.attentions[0] if attn is None else _known(f"attn of {name}", attn, architecture.attentions)
+    size = {"img_size": img_size} if "img_size" in inspect.signature(architecture).parameters else {}
+    return architecture(attn=attn, num_classes=num_classes, **size, **{**config, **overrides})
+
+
+def _known(what, value, choices):
+    if value not in choices:
+        nearest = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(f"unknown {what}: {value!r}. {hint}There is: {', '.join(choices)}")
+    return value

@@ -1,0 +1,227 @@
+"""Swin Transformer, and Swin with enhanced local self-attention (ELSA) in its first three stages.
+
+Sources: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", arXiv 2103.14030;
+Zhou et al., "ELSA: Enhanced Local Self-Attention for Vision Transformer", arXiv 2112.12786, section 4.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from models.elsa import ELSA
+
+CONFIGS = {
+    "swin_t": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), group_width=4),
+    "swin_s": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "swin_b": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+}
+
+
+class WindowAttention(nn.Module):
+    """Self-attention inside windows, cyclically shifted by `shift` pixels, with a relative position bias.
+
+    Maps are padded right and bottom with zeros to whole windows; the padding is attended to, as published. An axis that fits
+    into one window is not shifted, unless always_shift. Shapes: (B, H, W, C) -> (B, H, W, C).
+    """
+
+    def __init__(self, dim, num_heads, window_size, shift, always_shift=False):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads = {num_heads} does not fit a stage of {dim} channels; give a divisor of {dim}")
+        self.num_heads, self.window_size, self.shift, self.always_shift = num_heads, window_size, shift, always_shift
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        offsets = 2 * window_size - 1  # of query minus key, along one axis
+        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(torch.empty(offsets ** 2, num_heads), std=0.02))
+        y, x = torch.meshgrid(torch.arange(window_size), torch.arange(window_size), indexing="ij")
+        position = (y * offsets + x).flatten()  # (N,)
+        centre = offsets ** 2 // 2  # the entry of offset (0, 0)
+        self.register_buffer("relative_position_index", position[:, None] - position + centre, persistent=False)  # (N, N)
+
+    def forward(self, x):
+        B, H, W, C = x.shape
+        w, G = self.window_size, self.num_heads
+        rows, columns = (H + w - 1) // w, (W + w - 1) // w  # of windows
+        x = F.pad(x, (0, 0, 0, columns * w - W, 0, rows * w - H))
+        shifts = [self.shift if self.always_shift or size > w else 0 for size in (H, W)]
+        if any(shifts):
+            x = x.roll((-shifts[0], -shifts[1]), (1, 2))
+
+        qkv = self.qkv(x).reshape(B, rows, w, columns, w, 3, G, C // G)
+        # Windows join the heads: one bias for all images is then broadcast over the batch instead of copied.
+        q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, B, rows * columns * G, w * w, C // G)  # (B, windows * G, N, D)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (G, N, N)
+        if any(shifts):
+            bias = bias + self.shift_mask(rows, columns, shifts, x.device)[:, None]  # (windows, G, N, N)
+        else:
+            bias = bias.expand(rows * columns, -1, -1, -1)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)[None].to(q.dtype))
+
+        x = x.reshape(B, rows, columns, G, w, w, C // G).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, rows * w, columns * w, C)
+        if any(shifts):
+            x = x.roll(shifts, (1, 2))
+        return self.proj(x[:, :H, :W])
+
+    def shift_mask(self, rows, columns, shifts, device):
+        """-100 where query and key of a shifted window come from opposite edges of the map, else 0: (windows, N, N)."""
+        w = self.window_size
+        y, x = _regions(rows, w, shifts[0], device), _regions(columns, w, shifts[1], device)
+        region = (3 * y[:, None, :, None] + x[None, :, None]).reshape(rows * columns, w * w)  # (windows, N)
+        return (region[:, None] != region[:, :, None]) * -100.0
+
+
+def _regions(windows, window_size, shift, device):
+    """Which pixels of a shifted axis were neighbours before the shift: 0, 1, 2 for body, last window, wrapped around.
+
+    Shape (windows, window_size).
+    """
+    size = windows * window_size
+    pixels = torch.arange(size, device=device).reshape(windows, window_size)
+    return (pixels >= size - window_size).long() + (pixels >= size - shift)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class StochasticDepth(nn.Module):
+    """While training, drops the residual branch of an image with probability `rate` and divides the kept ones by 1 - rate."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or not self.rate:
+            return x
+        kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * (kept / (1 - self.rate))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, attn, mlp_ratio, drop_path):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.drop_path = StochasticDepth(drop_path)
+
+    def forward(self, x):  # (B, H, W, C)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """(B, 3, H, W) -> (B, ceil(H / patch_size), ceil(W / patch_size), dim), zero-padded right and bottom."""
+
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, images):
+        p = self.proj.kernel_size[0]
+        H, W = images.shape[2:]
+        images = F.pad(images, (0, (W + p - 1) // p * p - W, 0, (H + p - 1) // p * p - H))
+        return self.norm(self.proj(images).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2C), zero-padded right and bottom."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x):
+        B, H, W, C = x.shape
+        Ho, Wo = (H + 1) // 2, (W + 1) // 2
+        x = F.pad(x, (0, 0, 0, 2 * Wo - W, 0, 2 * Ho - H)).reshape(B, Ho, 2, Wo, 2, C)
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # published order of (row, column): (0, 0), (1, 0), (0, 1), (1, 1)
+        return self.reduction(self.norm(x))
+
+
+class Stage(nn.Module):
+    def __init__(self, blocks, downsample):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+
+class Swin(nn.Module):
+    """Swin Transformer with window attention (attn="window"), or with ELSA in all stages but the last (attn="elsa").
+
+    Args:
+        attn: "window" or "elsa".
+        num_classes: width of the logits; 0: no classifier, the model gives pooled features.
+        patch_size: pixels along the side of a patch; 4 for photographs, 2 suits 32x32 images.
+        embed_dim, depths, num_heads: channels of stage 1 (doubled at each stage), blocks and heads of each stage.
+        window_size: side of an attention window, in patches.
+        mlp_ratio: hidden width of the MLPs, in multiples of the stage's channels.
+        drop_path_rate: stochastic depth, from 0 at the first block linearly to this rate at the last.
+        kernel_size, group_width, lam, gamma: of the ELSA layers, see models.elsa.ELSA; not used by attn="window".
+        checkpointing: recompute the blocks in the backward pass instead of keeping their activations.
+        always_shift: shift odd blocks along an axis that fits into one window, too, as the published detectors and
+            segmenters do (Swin's and ELSA's alike); the published classifiers do not.
+
+    Shapes: images (B, 3, H, W), any H and W -> logits (B, num_classes). Source of all defaults: arXiv 2112.12786, section 4,
+    and its published configuration (k=7, lam=0, gamma=1, scale 1, biases on; windows in the last stage).
+    """
+    attentions = ("window", "elsa")
+
+    def __init__(self, attn="window", num_classes=1000, patch_size=4, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
+                 window_size=7, mlp_ratio=4.0, drop_path_rate=0.0, kernel_size=7, group_width=8, lam=0, gamma=1, checkpointing=False,
+                 always_shift=False):
+        super().__init__()
+        if len(depths) != len(num_heads):
+            raise ValueError(f"num_heads = {num_heads} and depths = {depths} differ in length; give one entry per stage in each")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate = {drop_path_rate} is not a rate of stochastic depth; give a number in [0, 1)")
+        self.checkpointing = checkpointing
+        self.dims = [embed_dim * 2 ** i for i in range(len(depths))]
+        rates = (drop_path_rate * n / max(1, sum(depths) - 1) for n in range(sum(depths)))
+        last = len(depths) - 1
+
+        def attention(i, j):
+            if attn == "elsa" and i < last:
+                return ELSA(self.dims[i], num_heads[i], kernel_size=kernel_size, qkv_bias=True, qk_scale=1, group_width=group_width,
+                            lam=lam, gamma=gamma)
+            return WindowAttention(self.dims[i], num_heads[i], window_size, window_size // 2 if j % 2 else 0, always_shift)
+
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.layers = nn.ModuleList(
+            Stage([Block(dim, attention(i, j), mlp_ratio, next(rates)) for j in range(depths[i])], PatchMerging(dim) if i < last else None)
+            for i, dim in enumerate(self.dims))
+        self.norm = nn.LayerNorm(self.dims[-1])
+        self.head = nn.Linear(self.dims[-1], num_classes) if num_classes else nn.Identity()
+        for module in self.modules():  # the convolutions of ELSA and of the patch embedding keep their own initialisation
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward_features(self, images):
+        """Output of every stage, before down-sampling and not normalised: four (B, C_i, H_i, W_i), strides 4, 8, 16, 32."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images have shape {tuple(images.shape)}; Swin expects (B, 3, H, W)")
+        x = self.patch_embed(images)  # (B, H, W, C)
+        outputs = []
+        for stage in self.layers:
+            for block in stage.blocks:
+                x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+            outputs.append(x.permute(0, 3, 1, 2))
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return tuple(outputs)
+
+    def forward(self, images):
+        x = self.forward_features(images)[-1].permute(0, 2, 3, 1)  # (B, H, W, C)
+        return self.head(self.norm(x).mean((1, 2)))

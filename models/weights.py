@@ -1,0 +1,92 @@
+"""Weights of our own and of the published models, told apart by their keys."""
+import argparse
+import re
+
+import torch
+
+# What holds the weights inside a checkpoint file, the moving average first: it is what the published numbers were measured with.
+ENTRIES = ("ema", "state_dict_ema", "model", "state_dict")
+BUFFERS = ("relative_position_index", "relative_id", "attn_mask")  # computed from the shapes, never learnt
+
+
+def load_weights(model, source):
+    """Loads weights into a model and returns it. All or nothing: after an error the model is as it was.
+
+    Args:
+        model: as create_model gives it.
+        source: a file written by torch.save, or what such a file contains. Either a state dict or a checkpoint holding one as
+            "ema", "state_dict_ema", "model" or "state_dict": the first of these that is there and not None, so a moving average
+            goes before the weights it averages. Known by their keys are our own, the published ELSA-Swin, Microsoft's Swin and
+            timm's Swin.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or it would run code when read (it is refused, nothing runs), or its weights are not
+            those of the model: all keys that are missing, unexpected or of another shape are listed.
+    """
+    checkpoint = source if isinstance(source, dict) else _read(source)
+    state = _to_our_names(_state_dict(checkpoint))
+    expected = model.state_dict()
+    problems = [f"missing: {key} {tuple(value.shape)}" for key, value in expected.items() if key not in state]
+    problems += [f"unexpected: {key} {tuple(value.shape)}" for key, value in state.items() if key not in expected]
+    problems += [f"wrong shape: {key} is {tuple(value.shape)}, the model has {tuple(expected[key].shape)}"
+                 for key, value in state.items() if key in expected and value.shape != expected[key].shape]
+    if problems:
+        where = "the given state dict" if isinstance(source, dict) else source
+        raise ValueError(f"{where} does not fit this {type(model).__name__}; nothing was loaded. Create the model with the name, attn, "
+                         "num_classes and overrides the weights were trained with.\n  " + "\n  ".join(problems))
+    model.load_state_dict(state)
+    return model
+
+
+def _read(path):
+    try:
+        # Checkpoints of timm's trainer, the published ELSA among them, carry their command line in a Namespace, which is only data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no checkpoint at {path}") from error
+    except Exception as error:  # damaged bytes make the unpickler raise anything
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted:
+            raise ValueError(f"{path} was refused: reading it would run code ({wanted[1]}). A checkpoint may hold only tensors, numbers, "
+                             "strings and containers of these. If you trust its origin, load it yourself and save its state dict "
+                             "alone.") from error
+        raise ValueError(f"{path} cannot be read: it is damaged, or torch.save did not write it. Copy or download it again.") from error
+
+
+def _state_dict(checkpoint):
+    """The weights inside a checkpoint, without the "module." that DistributedDataParallel puts before every key."""
+    state = checkpoint
+    if isinstance(checkpoint, dict):
+        state = next((checkpoint[entry] for entry in ENTRIES if checkpoint.get(entry) is not None), checkpoint)
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"the checkpoint holds no weights: expected a dict of tensors, or one under {', '.join(ENTRIES)}; found {found}")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _to_our_names(state):
+    """Published state dicts of Swin and ELSA-Swin in our names and layouts; ours pass unchanged.
+
+    timm keeps a down-sampling at the start of the stage after it and calls the classifier head.fc. The windowed last stage of
+    ELSA-Swin projects to v, q, k instead of q, k, v, and its bias table `rb`, (heads, offsets), counts offsets as key minus
+    query: (offsets, heads) reversed is ours.
+    """
+    timm = "layers.1.downsample.norm.weight" in state and "layers.0.downsample.norm.weight" not in state
+    ours = {}
+    for key, value in state.items():
+        block, _, name = key.rpartition("attn.")
+        if name in BUFFERS or key.rpartition(".")[2] in BUFFERS:
+            continue
+        if timm:
+            key = re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"layers.{int(match[1]) - 1}.downsample", key)
+        if f"{block}attn.rb" in state:
+            if name == "rb":
+                key, value = f"{block}attn.relative_position_bias_table", value.flip(-1).transpose(0, -1)
+            elif name.startswith("pre_proj"):
+                key, value = key.replace("pre_proj", "qkv"), value.roll(-(len(value) // 3), 0)
+            elif name.startswith("post_proj"):
+                key = key.replace("post_proj", "proj")
+        ours[key.replace("head.fc.", "head.")] = value
+    return ours
