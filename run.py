@@ -1,0 +1,64 @@
+"""The door: train, evaluate and time ELSA.
+
+    python run.py train swin_t --attn elsa                          rendered scenes, no download, a few minutes on a laptop
+    python run.py train swin_t --attn elsa --data DIR               DIR/train and DIR/val, ImageNet recipe of the paper
+    torchrun --nproc-per-node 8 run.py train swin_t --attn elsa --data DIR
+    python run.py train swin_t --attn elsa --resume                 continue the newest run of this name
+    python run.py eval swin_t --attn elsa --weights FILE --data DIR
+    python run.py bench                                             operator timings of this machine
+
+`python run.py train --help` lists every option; `--batch-size 64` overrides the recipe's batch_size.
+"""
+import difflib
+import os
+import re
+import sys
+
+
+def train(argv):
+    from train.config import parse_train
+    options = parse_train(argv)  # before torch is imported: a mistake is answered at once
+    from train.loop import train
+    train(*options)
+
+
+def evaluate(argv):
+    from eval.imagenet import main
+    main(argv)
+
+
+def bench(argv):
+    from kernels.bench import main
+    main(argv)
+
+
+COMMANDS = {"train": train, "eval": evaluate, "bench": bench}
+
+
+def main(argv):
+    """Runs one command -> exit status: 0, or 2 after a mistake of the user's, said in one line, or 130 after Ctrl-C."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(__doc__.strip())
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"unknown command {argv[0]!r}{hint} There is: {', '.join(COMMANDS)}")
+        COMMANDS[argv[0]](argv[1:])
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if os.environ.get("ELSA_TRACEBACK"):
+            raise
+        message = str(error)
+        if message.startswith("Caught "):  # from a worker of the data loader: its traceback, then the error
+            message = re.split(r"^\w+Error: ", message, flags=re.MULTILINE)[-1]
+        print(f"error: {message.strip()}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; `--resume` continues a training run from its last finished epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

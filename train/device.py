@@ -1,0 +1,38 @@
+"""Which device a process computes on, in which precision, and how ranks started by torchrun find each other."""
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def join_ranks(device="auto"):
+    """(rank, world size, torch.device) of this process. Under torchrun it joins the others: nccl on cuda, gloo on cpu."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda', but torch sees no GPU; use --device cpu, or install torch for this GPU's driver")
+    kind = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda" and local >= torch.cuda.device_count():
+        raise ValueError(f"{world} ranks, but this machine has {torch.cuda.device_count()} GPUs; start one rank per GPU")
+    device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # of what autocast leaves in float32
+    if world > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return (dist.get_rank() if world > 1 else 0), world, device
+
+
+def leave_ranks():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def precision(device, amp):
+    """"bf16", "fp16" or "none": what `amp` = "auto" means on this device."""
+    return amp if amp != "auto" else "bf16" if device.type == "cuda" else "none"
+
+
+def autocast(device, amp):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision(device, amp))
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()

@@ -1,0 +1,153 @@
+"""What a run leaves behind: config.yaml, log.jsonl, curves.png, last.pt to continue from and best.pt to use."""
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from matplotlib.figure import Figure
+
+from train.config import to_dict
+
+RUNS = Path("runs")
+
+
+class RunFolder:
+    """The folder of one run. Rank 0 writes; on other ranks the writing methods do nothing.
+
+    A checkpoint is a dict of plain types and tensors, so that torch.load(weights_only=True) reads it: model, ema (or None), config,
+    classes, epoch (how many are finished) and history; last.pt also has optimizer and scaler.
+    """
+
+    def __init__(self, path, writes):
+        self.path, self.writes = Path(path), writes
+
+    @classmethod
+    def open(cls, config, resume, rank, world):
+        """Finds or makes the folder on rank 0 and tells the others; an error there is raised on every rank."""
+        found = [None]
+        if rank == 0:
+            try:
+                found = [_find(config, resume) if resume else _make(config)]
+            except (ValueError, FileNotFoundError) as error:
+                found = [error]
+        if world > 1:
+            dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return cls(found[0], rank == 0)
+
+    def load(self):
+        """The checkpoint last.pt."""
+        try:
+            return torch.load(self.path / "last.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes make the unpickler raise anything
+            raise ValueError(f"--resume: {self.path / 'last.pt'} cannot be read ({error}); start a new run") from error
+
+    def announce(self, config, notes, model, images, held_out, world, device, epoch):
+        """Prints what is about to happen, writes config.yaml, and drops what the log has beyond `epoch` finished ones."""
+        text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=1000)
+        (self.path / "config.yaml").write_text(text)
+        log = self.path / "log.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows if row["epoch"] < epoch or "top1" in row and row["epoch"] == epoch))
+
+        source = f"{config.data}" if config.data else "rendered scenes, because no --data was given"
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"train {config.model}, attn {config.attn or 'default'}, {parameters:,} parameters, on {source}")
+        print(f"  {images} training and {held_out} validation images of {config.num_classes} classes at {config.img_size} px, "
+              f"{config.epochs} epochs in batches of {config.batch_size}, {world} x {device}")
+        for note in notes:
+            print("  " + note)
+        print(f"  {'continues after epoch ' + str(epoch) + ' in' if epoch else 'writes to'} {self.path}/")
+        print("configuration:\n" + "".join("  " + line + "\n" for line in text.splitlines()), flush=True)
+
+    def log(self, **row):
+        """One line of log.jsonl: a step (step, epoch from 0, loss, lr), or an epoch (epoch from 1, train_loss, val_loss, top1, ...)."""
+        if self.writes:
+            with open(self.path / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def save(self, state, best):
+        if self.writes:
+            save_atomically(state, self.path / "last.pt")
+            if best:
+                save_atomically({key: value for key, value in state.items() if key not in ("optimizer", "scaler")}, self.path / "best.pt")
+            self.plot()
+
+    def plot(self):
+        """curves.png: loss of every step and epoch, and accuracy, against epochs."""
+        rows = [json.loads(line) for line in (self.path / "log.jsonl").read_text().splitlines()]
+        steps, epochs = [row for row in rows if "step" in row], [row for row in rows if "top1" in row]
+        per_epoch = len(steps) / len(epochs)
+        at = [row["epoch"] for row in epochs]
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        losses, accuracy = figure.subplots(1, 2)
+        losses.plot([(row["step"] + 1) / per_epoch for row in steps], [row["loss"] for row in steps], color="0.8", label="step")
+        losses.plot(at, [row["train_loss"] for row in epochs], "o-", label="training")
+        losses.plot(at, [row["val_loss"] for row in epochs], "o-", label="validation")
+        losses.set(xlabel="epoch", ylabel="cross-entropy")
+        for name, label in (("top1", "top-1"), ("top5", "top-5")):
+            accuracy.plot(at, [row[name] for row in epochs], "o-", label=label)
+        best = max(row["top1"] for row in epochs)
+        accuracy.set(xlabel="epoch", ylabel="validation accuracy, %", ylim=(0, 101), title=f"best top-1 {best:.2f}")
+        for axes in (losses, accuracy):
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.suptitle(self.path.name)
+        figure.savefig(self.path / "curves.png", dpi=100)
+
+
+def save_atomically(state, path):
+    """torch.save that leaves either the old file or the whole new one, whenever the machine stops."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # beside it: a rename between disks is not atomic
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _name(config):
+    data = Path(config.data).resolve().name if config.data else "scenes"
+    return "-".join(filter(None, [config.model, config.attn, data]))
+
+
+def _make(config):
+    """A new folder: --out, or the first free of runs/<name>, runs/<name>-2, ..."""
+    if config.out:
+        path = Path(config.out)
+        if (path / "log.jsonl").exists() or (path / "last.pt").exists():
+            raise ValueError(f"--out {path} already holds a run; continue it with --resume {path}, or name another folder")
+        path.mkdir(parents=True, exist_ok=True)
+        return str(path)
+    number = 1
+    while True:
+        path = RUNS / (_name(config) + (f"-{number}" if number > 1 else ""))
+        try:
+            path.mkdir(parents=True)
+            return str(path)
+        except FileExistsError:
+            number += 1
+
+
+def _find(config, resume):
+    """The folder to continue: `resume` or --out where one is given, else the newest of this name that has a checkpoint."""
+    if resume is True and not config.out:
+        numbered = re.compile(re.escape(_name(config)) + r"(-\d+)?")
+        found = [path.parent for path in RUNS.glob("*/last.pt") if numbered.fullmatch(path.parent.name)]
+        if not found:
+            raise FileNotFoundError(f"--resume: no run of {_name(config)} with a checkpoint in {RUNS}/; name its folder, or start without "
+                                    "--resume")
+        return str(max(found, key=lambda path: (path / "last.pt").stat().st_mtime))
+    path = Path(config.out if resume is True else resume)
+    path = path.parent if path.is_file() else path
+    if not (path / "last.pt").is_file():
+        raise FileNotFoundError(f"--resume {path}: no last.pt there; expected the folder of a run that finished at least one epoch")
+    return str(path)
