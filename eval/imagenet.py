@@ -18,7 +18,7 @@ TRAINED = ("attn", "img_size", "crop_pct", "num_classes", "patch_size", "window_
 OPTIONS = TRAINED + ("data", "val_limit", "batch_size", "device", "amp", "workers")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(model, loader, device, amp="none"):
     """Accuracy of a classifier over all ranks, each of which brings its share of the images in `loader`.
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
-    """As :func:`kernels.aggregation.forward`: out (B, Ho, Wo, C) and lse (B, G, Ho, Wo), empty where no softmax is taken."""
+    """As :func:`kernels.aggregation.forward`: out (B, Ho, Wo, C); lse is empty, the backward pass takes the softmax again."""
     dtype = v.dtype
     v, logits, mul, add = (_wide(x) for x in (v, logits, mul, add))
     B, H, W, C = v.shape
@@ -17,13 +17,12 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
         out = _channels_last(_depthwise(v, add, kernel_size, dilation, stride)[:, :, :Ho, :Wo]).contiguous()
     else:
         out = v.new_zeros(B, Ho, Wo, C)
-    lse = v.new_empty(0)
     if logits is not None:
-        a, lse = _attention(logits, kernel_size, normalize, None)
+        a = _attention(logits, kernel_size, normalize)
         taps, heads = _padded_taps(v, a, kernel_size, dilation, stride), _heads(out, a)
         for t, v_t in enumerate(taps):
             heads.addcmul_(v_t if mul is None else v_t * _tap(mul, t, a), a[t])
-    return out.to(dtype), lse
+    return out.to(dtype), out.new_empty(0)
 
 
 def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, normalize, needs):
@@ -34,7 +33,7 @@ def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, 
     if add is not None and (needs[0] or needs[3]):
         dv, dadd = _depthwise_backward(go, v, add, kernel_size, dilation, stride, needs)
     if logits is not None:
-        a, _ = _attention(logits, kernel_size, normalize, lse)
+        a = _attention(logits, kernel_size, normalize)
         border = kernel_size // 2 * dilation
         dv_padded = v.new_zeros(v.shape[0], v.shape[1] + 2 * border, v.shape[2] + 2 * border, v.shape[3]) if needs[0] else None
         da = torch.empty_like(a) if needs[1] else None
@@ -65,17 +64,11 @@ def _wide(x):
     return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _attention(logits, kernel_size, normalize, lse):
-    """a, taps outermost: (K, B, Ho, Wo, G, 1); and lse (B, G, Ho, Wo), computed unless it is at hand."""
+def _attention(logits, kernel_size, normalize):
+    """a, taps outermost: (K, B, Ho, Wo, G, 1)."""
     B, _, Ho, Wo = logits.shape
-    taps_first = logits.view(B, -1, kernel_size ** 2, Ho, Wo).permute(2, 0, 3, 4, 1)  # (K, B, Ho, Wo, G)
-    if not normalize:
-        return taps_first.contiguous().unsqueeze(-1), logits.new_empty(0)
-    if lse is None:
-        lse = taps_first.logsumexp(0).permute(0, 3, 1, 2).contiguous()
-    a = torch.empty(taps_first.shape, dtype=logits.dtype)
-    torch.sub(taps_first, lse.permute(0, 2, 3, 1), out=a)
-    return a.exp_().unsqueeze(-1), lse
+    taps_first = logits.view(B, -1, kernel_size ** 2, Ho, Wo).permute(2, 0, 3, 4, 1).contiguous()  # (K, B, Ho, Wo, G)
+    return (taps_first.softmax(0) if normalize else taps_first).unsqueeze(-1)
 
 
 def _taps_inside(da):

@@ -63,21 +63,11 @@ class WindowAttention(nn.Module):
         return self.proj(x[:, :H, :W])
 
     def shift_mask(self, rows, columns, shifts, device):
-        """-100 where query and key of a shifted window come from opposite edges of the map, else 0: (windows, N, N)."""
+        """-100 where the shift brought query and key from opposite edges of the map into one window, else 0: (windows, N, N)."""
         w = self.window_size
-        y, x = _regions(rows, w, shifts[0], device), _regions(columns, w, shifts[1], device)
-        region = (3 * y[:, None, :, None] + x[None, :, None]).reshape(rows * columns, w * w)  # (windows, N)
-        return (region[:, None] != region[:, :, None]) * -100.0
-
-
-def _regions(windows, window_size, shift, device):
-    """Which pixels of a shifted axis were neighbours before the shift: 0, 1, 2 for body, last window, wrapped around.
-
-    Shape (windows, window_size).
-    """
-    size = windows * window_size
-    pixels = torch.arange(size, device=device).reshape(windows, window_size)
-    return (pixels >= size - window_size).long() + (pixels >= size - shift)
+        y, x = ((torch.arange(n * w, device=device) >= n * w - shift).reshape(n, w) for n, shift in zip((rows, columns), shifts))
+        edge = (2 * y[:, None, :, None] + x[None, :, None]).reshape(rows * columns, w * w)  # came round the edge in y, in x: (windows, N)
+        return (edge[:, None] != edge[:, :, None]) * -100.0
 
 
 class MLP(nn.Module):

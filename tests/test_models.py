@@ -22,6 +22,15 @@ TINY = dict(embed_dim=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 2, 4), window_si
             num_classes=5)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These tensors are small: a second thread mostly waits, and on a busy machine it makes the file ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tiny(attn, **overrides):
     torch.manual_seed(0)
     return create_model("swin_t", attn=attn, **{**TINY, **overrides}).eval()
@@ -264,6 +273,19 @@ def test_only_the_last_stage_of_elsa_swin_is_windowed():
     assert kinds == [[ELSA] * 2] * 3 + [[WindowAttention] * 2]
     assert all(block.attn.scale == 1 and block.attn.lam == 0 and block.attn.pre_proj.bias is not None
                for stage in tiny("elsa").layers[:3] for block in stage.blocks)
+
+
+def test_initialisation_is_the_published_one():
+    torch.manual_seed(0)
+    layer = create_model("swin_t", attn="elsa", depths=(1, 1, 1, 1)).layers[0].blocks[0].attn
+    both = ELSA(96, 3).ghost_head
+    for name, weight, std in (("pre_proj", layer.pre_proj.weight, (3 * 96) ** -0.5),  # uniform up to fan_in ** -0.5, as convolutions
+                              ("logits", layer.attn[2].weight, (3 * 64) ** -0.5),
+                              ("post_proj", layer.post_proj.weight, 0.02), ("ghost_add", layer.ghost_head, 0.02),
+                              ("ghost_mul of both", both[0], 1), ("ghost_add of both", both[1], 0.02)):
+        # five standard errors of a standard deviation; a uniform distribution's is smaller
+        assert abs(weight.std() / std - 1) < 5 / (2 * weight.numel()) ** 0.5, name
+    assert not layer.post_proj.bias.any() and both.shape == (2, 1, 96, 5, 5) and layer.ghost_head.shape == (1, 96, 7, 7)
 
 
 def loss_gradients(model, images):

@@ -137,8 +137,8 @@ class Run:
             self.recent.append(self.losses[-1])
             if not math.isfinite(self.losses[-1]):
                 last = ", ".join(f"{value:.4g}" for value in self.recent)
-                raise FloatingPointError(f"the loss of step {step} (epoch {epoch + 1}, lr {lr:.3g}) is {self.losses[-1]}; stopped. The last "
-                                         f"losses: {last}. {self.folder.path} keeps the last finished epoch; a smaller --lr, a longer "
+                raise FloatingPointError(f"the loss of step {step} (epoch {epoch + 1}, lr {lr:.3g}) is {self.losses[-1]}; stopped. The "
+                                         f"last losses: {last}. {self.folder.path} keeps the last finished epoch; a smaller --lr, a longer "
                                          "--warmup-epochs or --amp none may help")
             self.folder.log(step=step, epoch=epoch, loss=self.losses[-1], lr=lr)
             self.bar.update(self.losses[-1], lr)
@@ -196,8 +196,11 @@ def check_fit(config, images, classes, world):
 
 
 def decay_groups(model, weight_decay):
-    """AdamW groups: weights, which decay, and those that do not: all with fewer than two axes (norms, biases, layer scales), the
-    relative position bias tables, and position embeddings. The ghost head decays, as in the published run."""
+    """AdamW's groups: weights that decay, and those that do not.
+
+    Not decayed is what has fewer than two axes (norms, biases, layer scales), the relative position bias tables, position embeddings and
+    class tokens. The ghost head decays, as in the published run. There, the bias tables of the last stage decayed, too; Swin's do not.
+    """
     undecayed = ("relative_position_bias_table", "pos_embed", "cls_token")
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     spared = [parameter for name, parameter in parameters if parameter.ndim < 2 or name.endswith(undecayed)]

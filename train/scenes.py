@@ -1,6 +1,6 @@
 """Rendered scenes: a data set that needs no download, for trying every part of the project within minutes.
 
-A scene is a textured background with one large shape and a few small ones. The class of the image, the boxes, the masks and the
+A scene is a textured background with one large shape and, as asked for, small ones. The class of the image, the boxes, the masks and the
 label map come from the same drawing, so that classification, detection and segmentation learn from the same images. Everything
 in a scene is a function of (index, seed): nothing is stored, and any worker on any machine draws the same pixels.
 """
@@ -23,7 +23,7 @@ class Scene:
     label_map: np.ndarray  # (H, W) uint8, BACKGROUND or 1 + class
 
 
-def draw(index, seed=0, size=48, max_objects=3):
+def draw(index, seed=0, size=48, max_objects=2):
     """Draws scene `index`.
 
     Args:
@@ -95,7 +95,7 @@ def _grating(rng, x, y, waves):
 
 
 def _shape(rng, name, side, size):
-    """Coverage of the pixels (size, size), 0 to 1, by a shape of area side * side, turned by up to 30 degrees and placed at random inside the image."""
+    """Coverage of the pixels (size, size), 0 to 1, by a shape of area side * side at random in the image, turned by up to 30 degrees."""
     inside, area, reach = SHAPES[name]
     unit = side / np.sqrt(area)  # pixels per unit of the shape's own coordinates
     margin = min(unit * reach, size / 2)
