@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
-    """As :func:`kernels.aggregation.forward`: out (B, Ho, Wo, C); lse is empty, the backward pass takes the softmax again."""
+    """As :func:`kernels.aggregation.forward`: out (B, Ho, Wo, C), and an lse of zeros: the backward pass here takes the softmax again."""
     dtype = v.dtype
     v, logits, mul, add = (_wide(x) for x in (v, logits, mul, add))
     B, H, W, C = v.shape
@@ -17,12 +17,14 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
         out = _channels_last(_depthwise(v, add, kernel_size, dilation, stride)[:, :, :Ho, :Wo]).contiguous()
     else:
         out = v.new_zeros(B, Ho, Wo, C)
+    lse = v.new_empty(0)
     if logits is not None:
         a = _attention(logits, kernel_size, normalize)
+        lse = v.new_zeros(B, a.shape[4], Ho, Wo) if normalize else lse
         taps, heads = _padded_taps(v, a, kernel_size, dilation, stride), _heads(out, a)
         for t, v_t in enumerate(taps):
             heads.addcmul_(v_t if mul is None else v_t * _tap(mul, t, a), a[t])
-    return out.to(dtype), out.new_empty(0)
+    return out.to(dtype), lse
 
 
 def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, normalize, needs):

@@ -127,7 +127,7 @@ def _rooms(x):
 @torch.library.custom_op("elsa::attention", mutates_args=())
 def _attention(v: torch.Tensor, logits: torch.Tensor | None, mul: torch.Tensor | None, add: torch.Tensor | None, kernel_size: int,
                dilation: int, stride: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, and what the backward pass wants to keep of the softmax); lam and gamma are already in mul and add."""
+    """(out, log-sum-exp of the logits for the backward pass); lam and gamma are already in mul and add."""
     if 0 in (*v.shape, v.shape[1] // stride, v.shape[2] // stride):
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=v.device)
                      for x in _fake_attention(v, logits, mul, add, kernel_size, dilation, stride, normalize))
@@ -139,8 +139,7 @@ def _attention(v: torch.Tensor, logits: torch.Tensor | None, mul: torch.Tensor |
 def _fake_attention(v, logits, mul, add, kernel_size, dilation, stride, normalize):
     B, H, W, C = v.shape
     Ho, Wo = H // stride, W // stride
-    kept = normalize and logits is not None and _rooms(v) is not cpu
-    lse = (B, logits.shape[1] // kernel_size ** 2, Ho, Wo) if kept else (0,)
+    lse = (B, logits.shape[1] // kernel_size ** 2, Ho, Wo) if normalize and logits is not None else (0,)
     accumulator = torch.float64 if v.dtype == torch.float64 else torch.float32
     return v.new_empty(B, Ho, Wo, C), v.new_empty(lse, dtype=accumulator)
 
