@@ -40,9 +40,6 @@ def main(argv):
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(__doc__.strip())
         return 0
-    if argv[0] != "bench":
-        # A thread that spins while it waits takes the core from the one it waits for, as soon as the machine has anything else to do.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
     try:
         if argv[0] not in COMMANDS:
             nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
