@@ -2,11 +2,12 @@
 import difflib
 import inspect
 
-from models import swin
+from models import swin, volo
 from models.weights import load_weights
 
 # name -> (class, the numbers of this size). The class names its attentions, the default first, in `attentions`.
-MODELS = {name: (swin.Swin, config) for name, config in swin.CONFIGS.items()}
+MODELS = {name: (architecture, config) for architecture, configs in ((swin.Swin, swin.CONFIGS), (volo.VOLO, volo.CONFIGS))
+          for name, config in configs.items()}
 
 
 def list_models():
@@ -19,13 +20,13 @@ def create_model(name, *, attn=None, num_classes=1000, img_size=224, **overrides
 
     Args:
         name: one of list_models().
-        attn: kind of attention, e.g. "elsa"; None: the architecture's own ("window" for Swin).
+        attn: kind of attention, e.g. "elsa"; None: the architecture's own ("window" for Swin, "outlook" for VOLO).
         num_classes: width of the logits; 0: pooled features instead of logits.
-        img_size: side of the images in pixels, for architectures with a position embedding. Swin has none, takes images of any
-            size and ignores it.
+        img_size: side of the images in pixels, for VOLO's position embedding (which is interpolated for images of another size).
+            Swin has none and ignores it.
         overrides: any other argument of the architecture, e.g. drop_path_rate=0.2, patch_size=2, checkpointing=True.
 
-    Returns: an nn.Module, images (B, 3, H, W) -> logits (B, num_classes).
+    Returns: an nn.Module, images (B, 3, H, W) -> logits (B, num_classes); VOLO in training mode gives its tokens' logits, too.
     Raises ValueError for an unknown name, attention or override, with the nearest known one.
     """
     architecture, config = MODELS[_known("model", name, list_models())]

@@ -4,20 +4,24 @@ import re
 
 import torch
 
+from models.volo import interpolate_pos_embed
+
 # What holds the weights inside a checkpoint file, the moving average first: it is what the published numbers were measured with.
 ENTRIES = ("ema", "state_dict_ema", "model", "state_dict")
+CLASSIFIERS = ("head.", "aux_head.")
 BUFFERS = ("relative_position_index", "relative_id", "attn_mask")  # computed from the shapes, never learnt
 
 
-def load_weights(model, source):
+def load_weights(model, source, classifier=True):
     """Loads weights into a model and returns it. All or nothing: after an error the model is as it was.
 
     Args:
         model: as create_model gives it.
         source: a file written by torch.save, or what such a file contains. Either a state dict or a checkpoint holding one as
             "ema", "state_dict_ema", "model" or "state_dict": the first of these that is there and not None, so a moving average
-            goes before the weights it averages. Known by their keys are our own, the published ELSA-Swin, Microsoft's Swin and
-            timm's Swin.
+            goes before the weights it averages. Known by their keys are our own, the published ELSA-Swin, Microsoft's Swin,
+            timm's Swin, and VOLO, sail-sg's or timm's. A position embedding of another grid is interpolated, as published.
+        classifier: False leaves the classifier as it is, for fine-tuning on other classes.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -27,6 +31,10 @@ def load_weights(model, source):
     checkpoint = source if isinstance(source, dict) else _read(source)
     state = _to_our_names(_state_dict(checkpoint))
     expected = model.state_dict()
+    if not classifier:
+        expected, state = ({key: value for key, value in entries.items() if not key.startswith(CLASSIFIERS)} for entries in (expected, state))
+    if "pos_embed" in expected and "pos_embed" in state and state["pos_embed"].ndim == 4:
+        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], *expected["pos_embed"].shape[1:3])
     problems = [f"missing: {key} {tuple(value.shape)}" for key, value in expected.items() if key not in state]
     problems += [f"unexpected: {key} {tuple(value.shape)}" for key, value in state.items() if key not in expected]
     problems += [f"wrong shape: {key} is {tuple(value.shape)}, the model has {tuple(expected[key].shape)}"
@@ -35,7 +43,7 @@ def load_weights(model, source):
         where = "the given state dict" if isinstance(source, dict) else source
         raise ValueError(f"{where} does not fit this {type(model).__name__}; nothing was loaded. Create the model with the name, attn, "
                          "num_classes and overrides the weights were trained with.\n  " + "\n  ".join(problems))
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=classifier)
     return model
 
 
@@ -67,7 +75,7 @@ def _state_dict(checkpoint):
 
 
 def _to_our_names(state):
-    """Published state dicts of Swin and ELSA-Swin in our names and layouts; ours pass unchanged.
+    """Published state dicts of Swin and ELSA-Swin in our names and layouts; ours, and VOLO's, pass unchanged.
 
     timm keeps a down-sampling at the start of the stage after it and calls the classifier head.fc. The windowed last stage of
     ELSA-Swin projects to v, q, k instead of q, k, v, and its bias table `rb`, (heads, offsets), counts offsets as key minus

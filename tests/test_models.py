@@ -1,10 +1,7 @@
 """models/: against the published numbers, against timm, and against definitions written out naively."""
 import argparse
-import functools
 import json
 import os
-import pathlib
-import zlib
 
 import numpy as np
 import pytest
@@ -16,8 +13,8 @@ from hypothesis import strategies as st
 from models import create_model, list_models, load_weights
 from models.elsa import ELSA
 from models.swin import PatchEmbed, PatchMerging, StochasticDepth, WindowAttention
+from published import GOLDEN, assert_close, published_state
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
 TINY = dict(embed_dim=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 2, 4), window_size=4, patch_size=2, group_width=4, kernel_size=3,
             num_classes=5)
 
@@ -34,34 +31,6 @@ def one_thread():
 def tiny(attn, **overrides):
     torch.manual_seed(0)
     return create_model("swin_t", attn=attn, **{**TINY, **overrides}).eval()
-
-
-def assert_close(name, reference, result, ratio):
-    """The largest difference, in units of the reference's largest entry, is at most `ratio`."""
-    assert reference.shape == result.shape, f"{name}: {tuple(result.shape)} instead of {tuple(reference.shape)}"
-    error = (reference - result).abs().max() / reference.abs().max().clamp_min(1e-30)
-    assert error <= ratio, f"{name}: off by {error:.2e} of its largest entry, allowed {ratio:.0e}"  # also fails on NaN
-
-
-@functools.cache
-def published_state(name):
-    """The state dict whose entries follow from their keys and shapes by the rule the golden logits were computed with."""
-    state = {}
-    for key, shape, dtype in json.loads((GOLDEN / f"state_{name}.json").read_text()):
-        a = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
-        if not dtype.startswith("float"):
-            state[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
-            continue
-        if key.endswith("ghost_head"):
-            a = 0.02 * a
-        elif key.endswith((".rb", "relative_position_bias_table")):
-            a = 0.1 * a
-        elif a.ndim >= 2:
-            a = a / np.sqrt(np.prod(shape[1:]))
-        else:
-            a = 1 + 0.1 * a if key.endswith(".weight") else 0.1 * a
-        state[key] = torch.tensor(a, dtype=torch.float32)
-    return state
 
 
 def to_microsoft(timm_state):

@@ -1,0 +1,239 @@
+"""VOLO, Vision Outlooker, with outlook attention as published or with enhanced local self-attention (ELSA) in its place.
+
+Sources: Yuan et al., "VOLO: Vision Outlooker for Visual Recognition", arXiv 2106.13112, and the published configurations;
+Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers", arXiv 2104.10858, for mix-token.
+Parameter names and shapes are the published ones, so that the weights load as they are.
+
+attn="elsa" is a RECONSTRUCTION. Of ELSA-VOLO, Zhou et al. (arXiv 2112.12786) published neither code nor weights; known is that D1 to D5
+improve on VOLO and that D5 reaches 87.2 top-1. The choices are ours: every outlook attention becomes an ELSA layer of the same
+width and heads, with the defaults of the published ELSA class (kernel 5, lam 1, gamma 1, groups of 8 channels), scale 1 as in the
+published ELSA-Swin and no bias in the projection to q, k, v, as VOLO has none; MLPs, down-sampling, transformers and heads stay VOLO's.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from models.elsa import ELSA
+from models.swin import Block
+
+CONFIGS = {
+    "volo_d1": dict(embed_dim=192, depths=(4, 4, 8, 2), num_heads=(6, 12)),
+    "volo_d2": dict(embed_dim=256, depths=(6, 4, 10, 4), num_heads=(8, 16)),
+    "volo_d3": dict(embed_dim=256, depths=(8, 8, 16, 4), num_heads=(8, 16)),
+    "volo_d4": dict(embed_dim=384, depths=(8, 8, 16, 4), num_heads=(12, 16)),
+    "volo_d5": dict(embed_dim=384, depths=(12, 12, 20, 4), num_heads=(12, 16), mlp_ratio=4.0, stem_dim=128),
+}
+
+
+class OutlookAttention(nn.Module):
+    """Attention weights straight from the centre of a window, for all pairs of pixels in it: (B, H, W, C) -> (B, H, W, C).
+
+    3 x 3 windows lie around every second pixel of every second row. The mean of the 2 x 2 pixels there gives, by one linear layer,
+    9 x 9 weights a head: how much of each pixel of the window goes to each. A pixel of an odd row or column lies in several windows
+    and adds up what they send it. Source: arXiv 2106.13112, section 3.1.
+    """
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads = {num_heads} does not fit outlook attention of {dim} channels; give a divisor of {dim}")
+        self.num_heads = num_heads
+        self.v = nn.Linear(dim, dim, bias=False)
+        self.attn = nn.Linear(dim, 81 * num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, H, W, C = x.shape
+        G = self.num_heads
+        centres = F.avg_pool2d(x.permute(0, 3, 1, 2), 2, ceil_mode=True).permute(0, 2, 3, 1)  # (B, h, w, C)
+        h, w = centres.shape[1:3]
+        a = (self.attn(centres) * (C // G) ** -0.5).view(B, h, w, G, 9, 9).softmax(-1)
+
+        v = F.pad(self.v(x), (0, 0, 1, W % 2, 1, H % 2))  # (B, 2h + 1, 2w + 1, C): row 2i - 1 + t of the map is row 2i + t here
+        v = v.unfold(1, 3, 2).unfold(2, 3, 2).reshape(B, h, w, G, C // G, 9)
+        y = (a @ v.transpose(-1, -2)).view(B, h, w, G, 3, 3, C // G)  # to row and column of the window
+
+        y = self.overlap(*y.unbind(4), dim=1)  # (B, 2h, w, G, 3, D)
+        y = self.overlap(*y.unbind(4), dim=2)  # (B, 2h, 2w, G, D)
+        return self.proj(y.flatten(3)[:, :H, :W])
+
+    @staticmethod
+    def overlap(before, centre, after, dim):
+        """Pixels 2i - 1, 2i, 2i + 1 along `dim` of window i -> twice as many along `dim`; pixel -1 is dropped."""
+        n = before.shape[dim]
+        odd = torch.cat([before.narrow(dim, 1, n - 1), torch.zeros_like(before.narrow(dim, 0, 1))], dim) + after
+        return torch.stack([centre, odd], dim + 1).flatten(dim, dim + 1)
+
+
+class SelfAttention(nn.Module):
+    """Over all pixels: (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, H, W, C = x.shape
+        q, k, v = self.qkv(x).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, D)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C))
+
+
+class ClassAttention(nn.Module):
+    """The class token asks, itself and all pixels answer: (B, 1 + N, C) -> (B, 1, C). Source: CaiT, arXiv 2103.17239."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        k, v = self.kv(x).view(B, N, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, D)
+        q = self.q(x[:, :1]).view(B, 1, self.num_heads, -1).transpose(1, 2)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, 1, C))
+
+
+class ClassBlock(Block):
+    """(B, 1 + N, C) -> the same with a new class token, the first."""
+
+    def forward(self, x):
+        token = x[:, :1] + self.attn(self.norm1(x))
+        return torch.cat([token + self.mlp(self.norm2(token)), x[:, 1:]], 1)
+
+
+class PatchEmbed(nn.Module):
+    """(B, 3, H, W) -> (B, H / patch_size, W / patch_size, dim): three convolutions at half the resolution, then patches."""
+
+    def __init__(self, patch_size, stem_dim, dim):
+        super().__init__()
+        widths = (3, stem_dim, stem_dim, stem_dim)
+        layers = []
+        for i, (kernel_size, stride) in enumerate([(7, 2), (3, 1), (3, 1)]):
+            layers += [nn.Conv2d(widths[i], widths[i + 1], kernel_size, stride, kernel_size // 2, bias=False),
+                       nn.BatchNorm2d(stem_dim), nn.ReLU(inplace=True)]
+        self.conv = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(stem_dim, dim, patch_size // 2, stride=patch_size // 2)
+
+    def forward(self, images):
+        return self.proj(self.conv(images)).permute(0, 2, 3, 1)
+
+
+class Downsample(nn.Module):
+    """(B, H, W, C) -> (B, H / 2, W / 2, 2C)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(dim, 2 * dim, 2, stride=2)
+
+    def forward(self, x):
+        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class VOLO(nn.Module):
+    """Vision Outlooker: one stage of local attention, three of self-attention at half its resolution, two class-attention blocks.
+
+    Args:
+        attn: "outlook", or "elsa": the reconstruction described at the head of this file.
+        num_classes: width of the logits; 0: no classifiers, the model gives the class token.
+        img_size: side of the images, which fixes the grid of the position embedding. Images of another size get it interpolated.
+        patch_size: pixels along the side of a patch of stage 1, even; 8 for photographs, 4 suits 32x32 images.
+        embed_dim, depths, num_heads: channels of stage 1 (doubled afterwards), blocks of the four stages, heads of stage 1 and
+            of the others.
+        mlp_ratio: hidden width of the MLPs, in multiples of the stage's channels.
+        stem_dim: channels of the patch embedding's convolutions.
+        drop_path_rate: stochastic depth of the last block, rising linearly over all blocks; as published, stage 1 has none.
+        kernel_size, group_width, lam, gamma: of the ELSA layers, see models.elsa.ELSA; not used by attn="outlook".
+        checkpointing: recompute the blocks in the backward pass instead of keeping their activations.
+
+    Shapes: images (B, 3, H, W); sides that are no multiple of 2 * patch_size are zero-padded right and bottom. Evaluating: logits
+    (B, num_classes), those of the class token plus half the largest of the pixels'. Training: (class token's logits, pixels'
+    logits (B, h, w, num_classes)), with (h, w) = token_grid(H, W).
+    Source of all defaults: arXiv 2106.13112, table 2, and the published models.
+    """
+    attentions = ("outlook", "elsa")
+
+    def __init__(self, attn="outlook", num_classes=1000, img_size=224, patch_size=8, embed_dim=192, depths=(4, 4, 8, 2), num_heads=(6, 12),
+                 mlp_ratio=3.0, stem_dim=64, drop_path_rate=0.0, kernel_size=5, group_width=8, lam=1, gamma=1, checkpointing=False):
+        super().__init__()
+        if patch_size % 2:
+            raise ValueError(f"patch_size = {patch_size} is odd, and the stem halves the image first; give an even number")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate = {drop_path_rate} is not a rate of stochastic depth; give a number in [0, 1)")
+        self.patch_size, self.checkpointing = patch_size, checkpointing
+        dim = 2 * embed_dim
+
+        def local_attention():
+            if attn == "elsa":
+                return ELSA(embed_dim, num_heads[0], kernel_size=kernel_size, qk_scale=1, group_width=group_width, lam=lam, gamma=gamma)
+            return OutlookAttention(embed_dim, num_heads[0])
+
+        rates = (drop_path_rate * n / max(1, sum(depths) - 1) for n in range(depths[0], sum(depths)))
+        self.patch_embed = PatchEmbed(patch_size, stem_dim, embed_dim)
+        self.pos_embed = nn.Parameter(torch.empty(1, *self.token_grid(img_size, img_size), dim))
+        self.network = nn.ModuleList([
+            nn.Sequential(*(Block(embed_dim, local_attention(), mlp_ratio, 0.0) for _ in range(depths[0]))),
+            Downsample(embed_dim),
+            *(nn.Sequential(*(Block(dim, SelfAttention(dim, num_heads[1]), mlp_ratio, next(rates)) for _ in range(depth)))
+              for depth in depths[1:])])
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.post_network = nn.ModuleList(ClassBlock(dim, ClassAttention(dim, num_heads[1]), mlp_ratio, 0.0) for _ in range(2))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes) if num_classes else None
+        self.aux_head = nn.Linear(dim, num_classes) if num_classes else None
+        for parameter in (self.pos_embed, self.cls_token):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.modules():  # convolutions keep their own initialisation
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def token_grid(self, H, W):
+        """Rows and columns of the last stages' map for images of H x W pixels."""
+        side = 2 * self.patch_size
+        return (H + side - 1) // side, (W + side - 1) // side
+
+    def forward(self, images, swap=None):
+        """`swap`: (h, w) bool, for mix-token: the tokens there change places with those of the reversed batch before stage 1, and the
+        pixels' logits change back, so that they are those of the image they came from."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images have shape {tuple(images.shape)}; VOLO expects (B, 3, H, W)")
+        h, w = self.token_grid(*images.shape[2:])
+        side = 2 * self.patch_size
+        x = self.patch_embed(F.pad(images, (0, w * side - images.shape[3], 0, h * side - images.shape[2])))  # (B, 2h, 2w, C)
+        if swap is not None:
+            if tuple(swap.shape) != (h, w):
+                raise ValueError(f"swap has shape {tuple(swap.shape)}; expected one flag a token, {(h, w)}")
+            x = torch.where(swap.repeat_interleave(2, 0).repeat_interleave(2, 1)[..., None], x.flip(0), x)
+
+        for i, stage in enumerate(self.network):
+            if i == 2:
+                x = x + interpolate_pos_embed(self.pos_embed, h, w)
+            for block in stage if isinstance(stage, nn.Sequential) else [stage]:
+                x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)  # (B, 1 + h * w, C)
+        for block in self.post_network:
+            x = block(x)
+        x = self.norm(x)
+
+        if self.head is None:
+            return x[:, 0]
+        logits, token_logits = self.head(x[:, 0]), self.aux_head(x[:, 1:])
+        if not self.training:
+            return logits + 0.5 * token_logits.amax(1)
+        token_logits = token_logits.unflatten(1, (h, w))
+        if swap is not None:
+            token_logits = torch.where(swap[..., None], token_logits.flip(0), token_logits)
+        return logits, token_logits
+
+
+def interpolate_pos_embed(pos_embed, h, w):
+    """(1, h0, w0, C) -> (1, h, w, C), bicubic as published; itself when the grid is the same."""
+    if pos_embed.shape[1:3] == (h, w):
+        return pos_embed
+    return F.interpolate(pos_embed.permute(0, 3, 1, 2), (h, w), mode="bicubic").permute(0, 2, 3, 1)

@@ -1,0 +1,40 @@
+"""The published numbers in tests/golden, the weights they were computed with, and how closely ours must agree."""
+import functools
+import json
+import pathlib
+import zlib
+
+import numpy as np
+import torch
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def assert_close(name, reference, result, ratio):
+    """The largest difference, in units of the reference's largest entry, is at most `ratio`."""
+    assert reference.shape == result.shape, f"{name}: {tuple(result.shape)} instead of {tuple(reference.shape)}"
+    error = (reference - result).abs().max() / reference.abs().max().clamp_min(1e-30)
+    assert error <= ratio, f"{name}: off by {error:.2e} of its largest entry, allowed {ratio:.0e}"  # also fails on NaN
+
+
+@functools.cache
+def published_state(name):
+    """The state dict whose entries follow from their keys and shapes by the rule the golden logits were computed with."""
+    state = {}
+    for key, shape, dtype in json.loads((GOLDEN / f"state_{name}.json").read_text()):
+        a = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
+        if not dtype.startswith("float"):
+            state[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
+            continue
+        if key.endswith("running_var"):
+            a = 1 + 0.1 * abs(a)
+        elif key.endswith("ghost_head"):
+            a = 0.02 * a
+        elif key.endswith((".rb", "relative_position_bias_table", "pos_embed", "cls_token")):
+            a = 0.1 * a
+        elif a.ndim >= 2:
+            a = a / np.sqrt(np.prod(shape[1:]))
+        else:
+            a = 1 + 0.1 * a if key.endswith(".weight") else 0.1 * a
+        state[key] = torch.tensor(a, dtype=torch.float32)
+    return state

@@ -1,0 +1,265 @@
+"""models/volo.py: against the published numbers, against timm, and against definitions written out naively."""
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import create_model, load_weights
+from models.elsa import ELSA
+from models.volo import OutlookAttention, interpolate_pos_embed
+from published import GOLDEN, assert_close, published_state
+
+TINY = dict(embed_dim=12, depths=(2, 1, 1, 1), num_heads=(2, 4), stem_dim=4, patch_size=4, img_size=32, num_classes=5)
+
+
+def tiny(attn=None, **overrides):
+    torch.manual_seed(0)
+    model = create_model("volo_d1", attn=attn, **{**TINY, **overrides}).eval()
+    for parameter in model.parameters():  # fresh biases and norms are 0 and 1, which would hide a mix-up
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+# Published numbers
+
+def test_logits_equal_the_published_ones():
+    model = load_weights(create_model("volo_d1"), published_state("volo_d1")).eval()
+    images = torch.tensor(np.random.RandomState(0).standard_normal((2, 3, 224, 224)), dtype=torch.float32)
+    published = torch.tensor(np.load(GOLDEN / "volo_d1.npz")["logits"])
+    with torch.no_grad():
+        error = (model(images) - published).abs().max() / published.std()
+    assert error <= 1e-4  # float32, another order of summation
+
+
+@pytest.mark.parametrize("name, count", [("volo_d1", 26_632_040), ("volo_d2", 58_678_336), ("volo_d3", 86_325_072),
+                                         ("volo_d4", 192_961_520), ("volo_d5", 295_455_584)])
+def test_published_parameter_counts(name, count):
+    with torch.device("meta"):
+        models = create_model(name), create_model(name, attn="outlook"), create_model(name, img_size=448)
+    counts = [sum(p.numel() for p in model.parameters()) for model in models]
+    grown = (28 * 28 - 14 * 14) * models[0].pos_embed.shape[-1]
+    assert counts == [count, count, count + grown]
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_logits_and_gradients_equal_timm(size):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    oracle = timm.models.volo.VOLO(layers=(2, 1, 1, 1), img_size=size, num_classes=10, embed_dims=(192, 384, 384, 384),
+                                   num_heads=(6, 12, 12, 12)).eval()
+    for parameter in oracle.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model = create_model("volo_d1", img_size=size, depths=(2, 1, 1, 1), num_classes=10)
+    model = load_weights(model, oracle.state_dict()).eval()
+    images, target = torch.randn(2, 3, size, size), torch.randn(2, 10)
+    expected, result = oracle(images), model(images)
+    assert_close("logits", expected, result, 1e-4)
+    (expected * target).sum().backward()
+    (result * target).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in oracle.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert_close(name, gradients[name], parameter.grad, 1e-3)
+
+
+# Outlook attention
+
+def naive_outlook(layer, x):
+    """One window, one pair of its pixels at a time."""
+    B, H, W, C = x.shape
+    G, v = layer.num_heads, layer.v(x)
+    D = C // G
+    out = [[[torch.zeros(C, dtype=x.dtype) for _ in range(W)] for _ in range(H)] for _ in range(B)]
+    for b in range(B):
+        for i in range(0, H, 2):
+            for j in range(0, W, 2):
+                centre = x[b, i:i + 2, j:j + 2].flatten(0, 1).mean(0)
+                a = (layer.attn(centre).view(G, 9, 9) / D ** 0.5).softmax(-1)
+                pixels = [(y, z) if 0 <= (y := i + p) < H and 0 <= (z := j + q) < W else None for p in (-1, 0, 1) for q in (-1, 0, 1)]
+                for to, target in enumerate(pixels):
+                    for source, pixel in enumerate(pixels):
+                        if target and pixel:
+                            sent = a[:, to, source, None] * v[b, pixel[0], pixel[1]].view(G, D)
+                            out[b][target[0]][target[1]] = out[b][target[0]][target[1]] + sent.flatten()
+    return layer.proj(torch.stack([torch.stack([torch.stack(row) for row in image]) for image in out]))
+
+
+@settings(deadline=None, max_examples=25)
+@given(B=st.integers(1, 2), H=st.integers(1, 6), W=st.integers(1, 6), G=st.integers(1, 3), D=st.integers(1, 5))
+def test_outlook_attention_equals_its_definition(B, H, W, G, D):
+    torch.manual_seed(0)
+    layer = OutlookAttention(G * D, G).double()
+    x = torch.randn(B, H, W, G * D, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    expected, result = naive_outlook(layer, x), layer(x)
+    assert_close("out", expected, result, 1e-12)
+    grad_out = torch.randn_like(expected)
+    for name, reference, gradient in zip(["x", *dict(layer.named_parameters())], torch.autograd.grad(expected, inputs, grad_out),
+                                         torch.autograd.grad(result, inputs, grad_out)):
+        # a gradient that is zero, as that of the weights of a softmax over one pixel, has no largest entry to compare with
+        assert_close(name, reference, gradient, 1e-11) if reference.abs().max() > 1e-12 else assert_zero(name, gradient)
+
+
+def assert_zero(name, gradient):
+    assert gradient.abs().max() <= 1e-12, name
+
+
+def test_a_nan_stays_in_the_windows_of_its_pixel():
+    layer = OutlookAttention(4, 2).double()
+    x = torch.randn(1, 8, 8, 4, dtype=torch.float64)
+    clean = layer(x)
+    x[0, 3, 3] = float("nan")  # an odd pixel: in four windows, around (2 or 4, 2 or 4)
+    spread = layer(x).isnan().any(-1)[0]
+    assert spread[1:6, 1:6].all() and spread.sum() == 25
+    assert torch.equal(layer(x)[0][~spread], clean[0][~spread])
+
+
+# Mix-token
+
+def test_swapping_all_tokens_swaps_the_images():
+    model = tiny().train()
+    images = torch.randn(4, 3, 32, 32)
+    logits, tokens = model(images)
+    everywhere = torch.ones(4, 4, dtype=torch.bool)
+    swapped, swapped_tokens = model(images, everywhere)
+    assert_close("logits", logits.flip(0), swapped, 1e-5)
+    assert_close("tokens", tokens, swapped_tokens, 1e-5)
+    nowhere, nowhere_tokens = model(images, ~everywhere)
+    assert torch.equal(nowhere, logits) and torch.equal(nowhere_tokens, tokens)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1 << 16), h=st.integers(1, 4), w=st.integers(1, 4))
+def test_every_tokens_logits_return_to_the_image_it_came_from(seed, h, w):
+    model = tiny(depths=(0, 0, 0, 0)).train()  # no block lets tokens see each other, so mixing must not show
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(3, 3, 8 * h, 8 * w, generator=generator)
+    swap = torch.rand(h, w, generator=generator) < 0.5
+    (_, tokens), (_, mixed) = model(images), model(images, swap)
+    assert tokens.shape == (3, h, w, 5)
+    assert torch.allclose(tokens, mixed, atol=1e-5)
+
+
+# Sizes
+
+@settings(deadline=None, max_examples=20)
+@given(h=st.integers(1, 20), w=st.integers(1, 20), seed=st.integers(0, 99))
+def test_position_embedding_at_its_native_size_is_itself(h, w, seed):
+    pos_embed = torch.randn(1, h, w, 3, generator=torch.Generator().manual_seed(seed))
+    assert interpolate_pos_embed(pos_embed, h, w) is pos_embed
+    larger = interpolate_pos_embed(torch.full_like(pos_embed, 2.5), 2 * h + 1, w + 3)
+    assert larger.shape == (1, 2 * h + 1, w + 3, 3) and torch.allclose(larger, torch.tensor(2.5), atol=1e-5)
+
+
+@pytest.mark.parametrize("attn", ["outlook", "elsa"])
+@pytest.mark.parametrize("H, W", [(32, 32), (48, 32), (31, 57), (5, 5), (1, 20)])
+def test_images_of_any_size(attn, H, W):
+    model = tiny(attn)
+    images = torch.randn(2, 3, H, W)
+    logits = model(images)
+    assert logits.shape == (2, 5)
+    assert_close("one at a time", logits, torch.cat([model(image[None]) for image in images]), 1e-4)
+    h, w = model.token_grid(H, W)
+    padded = torch.zeros(2, 3, 8 * h, 8 * w)
+    padded[:, :, :H, :W] = images
+    assert torch.equal(model(padded), logits)
+    assert model.train()(images)[1].shape == (2, h, w, 5)
+
+
+def test_weights_of_another_image_size_are_interpolated_as_in_the_forward_pass():
+    small = tiny()
+    large = load_weights(tiny(img_size=48), small.state_dict())
+    images = torch.randn(2, 3, 48, 48)
+    assert large.pos_embed.shape == (1, 6, 6, 24)
+    assert_close("logits", small(images), large(images), 1e-5)
+
+
+# The rest of the model
+
+@pytest.mark.parametrize("attn", ["outlook", "elsa"])
+def test_evaluation_adds_half_the_largest_token(attn):
+    model = tiny(attn)
+    images = torch.randn(2, 3, 32, 32)
+    combined = model(images)
+    model.training = True  # of the model alone: batch norm goes on evaluating
+    logits, tokens = model(images)
+    assert_close("logits", logits + 0.5 * tokens.flatten(1, 2).max(1).values, combined, 1e-6)
+
+
+def test_elsa_takes_the_place_of_every_outlook_attention_and_of_nothing_else():
+    outlook, elsa = tiny(), tiny("elsa", embed_dim=24, num_heads=(2, 4))
+    assert [type(block.attn) for block in outlook.network[0]] == [OutlookAttention] * 2
+    for block in elsa.network[0]:
+        layer = block.attn
+        assert (type(layer), layer.kernel_size, layer.lam, layer.gamma, layer.scale) == (ELSA, 5, 1, 1, 1)
+        assert layer.pre_proj.bias is None and layer.ghost_head.shape == (2, 1, 24, 5, 5)
+    other = {name.replace("network.0.", "") for name, _ in outlook.named_parameters() if ".attn." not in name}
+    assert other == {name.replace("network.0.", "") for name, _ in elsa.named_parameters() if ".attn." not in name}
+
+
+def test_stochastic_depth_starts_after_stage_1():
+    model = tiny(drop_path_rate=0.4)
+    rates = [block.drop_path.rate for stage in model.network if isinstance(stage, torch.nn.Sequential) for block in stage]
+    assert rates == pytest.approx([0, 0, 0.2, 0.3, 0.4])
+    assert [block.drop_path.rate for block in model.post_network] == [0, 0]
+
+
+@pytest.mark.parametrize("attn", ["outlook", "elsa"])
+def test_checkpointing_gives_equal_gradients_and_every_parameter_one(attn):
+    images = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny(attn, checkpointing=checkpointing).train()
+        logits, tokens = model(images, torch.eye(4, dtype=torch.bool))
+        (logits.square().sum() + tokens.square().sum()).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0, name
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("attn", ["outlook", "elsa"])
+def test_compiles_as_one_graph(attn):
+    model = tiny(attn).train()
+    images, swap = torch.randn(2, 3, 32, 32), torch.eye(4, dtype=torch.bool)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for expected, result in zip(model(images, swap), compiled(images, swap)):
+        assert_close("logits", expected, result, 1e-5)
+
+
+@pytest.mark.parametrize("attn", ["outlook", "elsa"])
+def test_autocast_stays_close_to_float32(attn):
+    model, images = tiny(attn), torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close("logits", model(images), model(images).float(), 1e-6)
+        result = model(images)
+    assert_close("logits", model(images), result.float(), 0.05)
+
+
+def test_features_instead_of_logits():
+    model = tiny(num_classes=0)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 24)
+    assert not any("head" in name for name, _ in model.named_parameters())
+
+
+def test_fine_tuning_leaves_the_classifiers_as_they_are():
+    trained, model = tiny(), tiny(num_classes=7)
+    before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
+    with pytest.raises(ValueError, match="wrong shape: head.weight"):
+        load_weights(model, trained.state_dict())
+    load_weights(model, trained.state_dict(), classifier=False)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name] if "head" in name else trained.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: tiny(patch_size=5), ["patch_size = 5", "even"]),
+    (lambda: tiny(num_heads=(5, 4)), ["num_heads = 5", "12"]),
+    (lambda: tiny(drop_path_rate=1.0), ["drop_path_rate = 1.0", "[0, 1)"]),
+    (lambda: tiny()(torch.zeros(1, 1, 32, 32)), ["images", "(1, 1, 32, 32)", "(B, 3, H, W)"]),
+    (lambda: tiny().train()(torch.zeros(1, 3, 32, 32), torch.zeros(3, 3, dtype=torch.bool)), ["swap", "(3, 3)", "(4, 4)"]),
+])
+def test_errors_name_the_argument_and_what_to_do(call, words):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert all(word in str(error.value) for word in words), error.value
