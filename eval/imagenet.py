@@ -89,7 +89,7 @@ def settle(options, weights):
         raise ValueError(f"{weights} was trained as {saved['model']}, not as {options['model']}; name that model or none")
     options["model"] = options["model"] or saved.get("model", "swin_t")
     if not saved and not options.get("data"):  # the scenes have a size of their own
-        saved = configuration.read_recipe(configuration.RECIPES / "scenes.yaml")
+        saved = configuration.read_recipe(configuration.scenes_recipe(options["model"]))
     config = configuration.Config(batch_size=128)
     for name, value in [(name, saved[name]) for name in TRAINED if name in saved] + list(options.items()):
         setattr(config, name, configuration.cast(name, value))

@@ -21,9 +21,10 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
     if logits is not None:
         a = _attention(logits, kernel_size, normalize)
         lse = v.new_zeros(B, a.shape[4], Ho, Wo) if normalize else lse
-        taps, heads = _padded_taps(v, a, kernel_size, dilation, stride), _heads(out, a)
-        for t, v_t in enumerate(taps):
-            heads.addcmul_(v_t if mul is None else v_t * _tap(mul, t, a), a[t])
+        v, to = _heads(v, a), _heads(out, a)
+        for t, at, source in _taps(v, out, kernel_size, dilation, stride):
+            v_t = v[source] if mul is None else v[source] * _tap(mul, t, a)
+            to[at].addcmul_(v_t, a[t][at])
     return out.to(dtype), lse
 
 
@@ -36,24 +37,20 @@ def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, 
         dv, dadd = _depthwise_backward(go, v, add, kernel_size, dilation, stride, needs)
     if logits is not None:
         a = _attention(logits, kernel_size, normalize)
-        border = kernel_size // 2 * dilation
-        dv_padded = v.new_zeros(v.shape[0], v.shape[1] + 2 * border, v.shape[2] + 2 * border, v.shape[3]) if needs[0] else None
-        da = torch.empty_like(a) if needs[1] else None
+        if needs[0] and dv is None:
+            dv = torch.zeros_like(v)
+        da = torch.zeros_like(a) if needs[1] else None
         dmul = torch.zeros_like(mul) if needs[2] else None
-        go = _heads(go, a)
-        dv_taps = _taps(dv_padded, a, kernel_size, dilation, stride) if needs[0] else None
-        for t, v_t in enumerate(_padded_taps(v, a, kernel_size, dilation, stride)):
-            go_mul = go if mul is None else go * _tap(mul, t, a)
+        go, v, dv_heads = _heads(go, a), _heads(v, a), _heads(dv, a) if needs[0] else None
+        for t, at, source in _taps(v, go, kernel_size, dilation, stride):
+            go_mul = go[at] if mul is None else go[at] * _tap(mul, t, a)
             if needs[0]:
-                next(dv_taps).addcmul_(go_mul, a[t])
+                dv_heads[source].addcmul_(go_mul, a[t][at])
             if needs[1]:
-                torch.sum(go_mul * v_t, -1, keepdim=True, out=da[t])
+                da[t][at] = (go_mul * v[source]).sum(-1, keepdim=True)
             if needs[2]:
-                per_sample = (go * v_t * a[t]).sum((1, 2)).flatten(1)  # (B, C)
+                per_sample = (go[at] * v[source] * a[t][at]).sum((1, 2)).flatten(1)  # (B, C)
                 dmul.flatten(-2)[..., t] = per_sample if mul.ndim == 4 else per_sample.sum(0)
-        if needs[0]:
-            inside = dv_padded[:, border:border + v.shape[1], border:border + v.shape[2]]
-            dv = inside.contiguous() if dv is None else dv + inside
         if needs[1]:
             if normalize:
                 da = a * (da - (a * da).sum(0, keepdim=True))
@@ -93,18 +90,25 @@ def _tap(mul, t, a):
     return mul.flatten(-2)[..., t].reshape(-1, 1, 1, a.shape[4], mul.shape[-3] // a.shape[4])
 
 
-def _padded_taps(v, a, kernel_size, dilation, stride):
-    border = kernel_size // 2 * dilation
-    return _taps(F.pad(v, (0, 0, border, border, border, border)), a, kernel_size, dilation, stride)
+def _taps(v, out, kernel_size, dilation, stride):
+    """(t, index of the output pixels whose tap t lies in the image, index of the pixels of v it reads), for taps that read any.
+
+    Small maps have many that read none: on 2 x 2 pixels, 40 of the 49 of a 7 x 7 window.
+    """
+    for i in range(kernel_size):
+        rows = _overlap((i - kernel_size // 2) * dilation, v.shape[1], out.shape[1], stride)
+        for j in range(kernel_size):
+            columns = _overlap((j - kernel_size // 2) * dilation, v.shape[2], out.shape[2], stride)
+            if rows and columns:
+                yield i * kernel_size + j, (slice(None), rows[0], columns[0]), (slice(None), rows[1], columns[1])
 
 
-def _taps(padded, a, kernel_size, dilation, stride):
-    """The K shifted views (B, Ho, Wo, G, D) of a padded image."""
-    Ho, Wo = a.shape[2:4]
-    padded = _heads(padded, a)
-    for i in range(0, kernel_size * dilation, dilation):
-        for j in range(0, kernel_size * dilation, dilation):
-            yield padded[:, i:i + Ho * stride:stride, j:j + Wo * stride:stride]
+def _overlap(offset, size, out_size, stride):
+    """Along one axis: slice of the outputs y with 0 <= y * stride + offset < size, and the slice they read; None if there are none."""
+    first, last = max(0, -(offset // stride)), min(out_size - 1, (size - 1 - offset) // stride)
+    if first > last:
+        return None
+    return slice(first, last + 1), slice(first * stride + offset, last * stride + offset + 1, stride)
 
 
 def _depthwise(v, add, kernel_size, dilation, stride):
@@ -115,6 +119,16 @@ def _depthwise(v, add, kernel_size, dilation, stride):
 
 
 def _depthwise_backward(go, v, add, kernel_size, dilation, stride, needs):
+    dadd = None
+    if needs[3] and go.shape[1] * go.shape[2] < kernel_size ** 2:
+        # The library's weight gradient takes milliseconds even on 2 x 2 pixels, where few taps lie in the image.
+        dadd = torch.zeros_like(add)
+        for t, at, source in _taps(v, go, kernel_size, dilation, stride):
+            per_sample = (go[at] * v[source]).sum((1, 2))  # (B, C)
+            dadd.flatten(-2)[..., t] = per_sample if add.ndim == 4 else per_sample.sum(0)
+        needs = (needs[0], None, None, False)
+        if not needs[0]:
+            return None, dadd
     x, weight, groups = _as_convolution(v, add)
     Ho, Wo = go.shape[1:3]
     # A convolution yields ceil(H / stride) rows where the operator yields floor(H / stride): the last ones have no gradient.
@@ -124,8 +138,8 @@ def _depthwise_backward(go, v, add, kernel_size, dilation, stride, needs):
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         go, x, weight, None, (stride, stride), (padding, padding), (dilation, dilation), False, (0, 0), groups,
         (needs[0], needs[3], False))
-    dx = _channels_last(dx.reshape(v.shape[0], v.shape[3], *v.shape[1:3])).contiguous() if needs[0] else None
-    return dx, dweight.reshape(add.shape) if needs[3] else None
+    dv = _channels_last(dx.reshape(v.shape[0], v.shape[3], *v.shape[1:3])).contiguous() if needs[0] else None
+    return dv, dweight.reshape(add.shape) if needs[3] else dadd
 
 
 def _as_convolution(v, add):

@@ -98,14 +98,16 @@ class ELSA(nn.Module):
         """(B, Q, Ho, Wo) -> (B, G * K, Ho, Wo), contiguous with groups=1: the kernels read the pixels of one tap side by side.
 
         A 1x1 convolution would leave the logits in the channels_last memory of h. The matrix product writes either layout at the
-        same cost.
+        same cost, but its backward pass makes one weight gradient an image: on maps smaller than a window that costs the most.
         """
         convolution, gelu, projection = self.attn
         z = gelu(convolution(h))
         if projection.groups > 1:
             return projection(z)
-        weight = projection.weight.flatten(1).expand(z.shape[0], -1, -1)
-        return torch.baddbmm(projection.bias[:, None], weight, z.flatten(2)).unflatten(2, z.shape[2:])
+        weight = projection.weight.flatten(1)
+        if z.shape[2] * z.shape[3] < self.kernel_size ** 2:
+            return F.linear(z.permute(0, 2, 3, 1), weight, projection.bias).permute(0, 3, 1, 2)
+        return torch.baddbmm(projection.bias[:, None], weight.expand(z.shape[0], -1, -1), z.flatten(2)).unflatten(2, z.shape[2:])
 
     def ghost_filters(self):
         """The multiplicative and the additive filter, (C, k, k) each, or None where switched off."""

@@ -50,17 +50,23 @@ class OutlookAttention(nn.Module):
         h, w = centres.shape[1:3]
         a = (self.attn(centres) * (C // G) ** -0.5).view(B, h, w, G, 9, 9).softmax(-1)
 
-        v = F.pad(self.v(x), (0, 0, 1, W % 2, 1, H % 2))  # (B, 2h + 1, 2w + 1, C): row 2i - 1 + t of the map is row 2i + t here
-        v = v.unfold(1, 3, 2).unfold(2, 3, 2).reshape(B, h, w, G, C // G, 9)
-        y = (a @ v.transpose(-1, -2)).view(B, h, w, G, 3, 3, C // G)  # to row and column of the window
-
+        v = F.pad(self.v(x), (0, 0, 0, W % 2, 0, H % 2)).view(B, h, 2, w, 2, G, C // G)
+        v = self.windows(self.windows(v, 1), 3).permute(0, 1, 3, 5, 2, 4, 6)  # (B, h, w, G, 3, 3, D)
+        y = (a @ v.flatten(4, 5)).view_as(v)
         y = self.overlap(*y.unbind(4), dim=1)  # (B, 2h, w, G, 3, D)
         y = self.overlap(*y.unbind(4), dim=2)  # (B, 2h, 2w, G, D)
         return self.proj(y.flatten(3)[:, :H, :W])
 
     @staticmethod
+    def windows(v, dim):
+        """Pairs of pixels 2i, 2i + 1 along `dim` and `dim` + 1 -> triples 2i - 1, 2i, 2i + 1; pixel -1 is zero."""
+        odd = v.narrow(dim + 1, 1, 1)
+        before = torch.cat([torch.zeros_like(odd.narrow(dim, 0, 1)), odd.narrow(dim, 0, odd.shape[dim] - 1)], dim)
+        return torch.cat([before, v], dim + 1)
+
+    @staticmethod
     def overlap(before, centre, after, dim):
-        """Pixels 2i - 1, 2i, 2i + 1 along `dim` of window i -> twice as many along `dim`; pixel -1 is dropped."""
+        """The reverse, adding where windows meet: what triples i send to 2i - 1, 2i, 2i + 1 -> pixels along `dim`."""
         n = before.shape[dim]
         odd = torch.cat([before.narrow(dim, 1, n - 1), torch.zeros_like(before.narrow(dim, 0, 1))], dim) + after
         return torch.stack([centre, odd], dim + 1).flatten(dim, dim + 1)

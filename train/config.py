@@ -25,6 +25,9 @@ class Config:
     model: str = key("swin_t", "architecture, as models.create_model knows it")
     attn: str | None = key(None, "kind of attention; null: the architecture's own")
     data: str | None = key(None, "folder with train/ and val/ or test/, one folder per class inside; null: rendered scenes")
+    token_labels: str | None = key(None, "VOLO: folder of label maps, <class>/<image name>.pt beside each of data's train/; null: image labels")
+    weights: str | None = key(None, "start from these weights, for fine-tuning; null: fresh ones")
+    fresh_head: bool = key(False, "of `weights`, leave out the classifier: the data has other classes")
     out: str | None = key(None, "folder of the run; null: runs/<model>-<attn>-<data>, numbered if taken")
     limit: int | None = key(None, "use only this many training images, equally many of each class; scenes: images per epoch")
     val_limit: int | None = key(None, "use only this many validation images, equally many of each class")
@@ -58,9 +61,12 @@ class Config:
     randaugment_std: float = key(0.5, "standard deviation of that magnitude")
     mixup: float = key(0.0, "alpha of mixup; 0: off. With cutmix, each batch takes one of the two at random")
     cutmix: float = key(0.0, "alpha of cutmix; 0: off")
+    mix_token: float = key(0.0, "VOLO: alpha of mix-token, where a box of tokens changes places between two images; 0: off")
+    dense_weight: float = key(0.5, "VOLO: weight of the loss of the tokens beside that of the image")
+    ground_truth: bool = key(False, "with token_labels: mix the image's label into the target of the class token")
     erasing: float = key(0.0, "probability that a rectangle is replaced by noise")
     label_smoothing: float = key(0.0, "probability mass spread over all classes")
-    crop_pct: float = key(0.9, "validation: the image is resized to img_size / crop_pct, then its centre is taken")
+    crop_pct: float = key(0.9, "validation: the image is resized to img_size / crop_pct, then its centre is taken; above 1: in a black frame")
 
     # Machine
     seed: int = key(0, "of weights, order, augmentation and stochastic depth")
@@ -75,7 +81,7 @@ TYPES = typing.get_type_hints(Config)
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple: "two numbers, as 0.9,0.999",
          dict: "a YAML mapping, as '{embed_dim: 64}'", str: "a text"}
 # A resumed run may differ in these alone: they change neither the weights nor the images.
-FREE = ("data", "out", "val_limit", "device", "compile", "checkpointing", "workers")
+FREE = ("data", "weights", "out", "val_limit", "device", "compile", "checkpointing", "workers")
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,7 +118,7 @@ def parse_train(argv):
     """
     parser = Parser(prog="run.py train", description="Train a classifier.")
     parser.add_argument("model", nargs="?", default="swin_t", help=KEYS["model"].metadata["help"])
-    parser.add_argument("--recipe", default=None, help="YAML file of keys; default: train/recipes/<model>.yaml, scenes.yaml without --data")
+    parser.add_argument("--recipe", default=None, help="YAML file of keys; default: train/recipes/<model>.yaml, without --data scenes_<family>.yaml")
     parser.add_argument("--resume", nargs="?", const=True, default=None, metavar="RUN",
                         help="continue the newest run of this name, or the given folder or checkpoint")
     parser.add_keys(name for name in KEYS if name != "model")
@@ -125,10 +131,13 @@ def parse_train(argv):
 def resolve(options, recipe=None):
     """Dataclass defaults < recipe < options -> (Config, notes). Raises ValueError for an unknown key or a value that does not fit.
 
-    options: {key: value or text}. recipe: path; None: the one of the model, or that of the scenes when there is no data.
+    options: {key: value or text}. recipe: path, or name of a shipped one; None: that of the model, or without data that of the scenes.
     """
     config, notes = Config(), []
-    path = Path(recipe) if recipe else RECIPES / f"{options.get('model', config.model) if options.get('data') else 'scenes'}.yaml"
+    model = options.get("model", config.model)
+    path = Path(recipe) if recipe else RECIPES / f"{model}.yaml" if options.get("data") else scenes_recipe(model)
+    if recipe and not path.exists() and (RECIPES / f"{recipe}.yaml").exists():
+        path = RECIPES / f"{recipe}.yaml"
     if path.exists():
         values = read_recipe(path)
         notes.append(f"recipe {path.stem}: {path}")
@@ -157,14 +166,27 @@ def resolve(options, recipe=None):
     return config, notes
 
 
+def scenes_recipe(model):
+    """The recipe of rendered scenes: one for each family of architectures."""
+    return RECIPES / f"scenes_{model.split('_')[0]}.yaml"
+
+
 def read_recipe(path):
-    """A YAML file of Config keys -> dict. Raises ValueError for an unknown key, naming the nearest."""
+    """A YAML file of Config keys -> dict. The key `base` names a recipe beside it, whose keys hold where the file has none.
+
+    Raises ValueError for an unknown key, naming the nearest.
+    """
     try:
         values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no recipe at {path}; there is: {_shipped()}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}; expected a mapping of configuration keys to values")
+    base = values.pop("base", None)
+    if base is not None:
+        values = {**read_recipe(Path(path).with_name(f"{base}.yaml")), **values}
     for name in values:
         if name not in KEYS:
             raise ValueError(f"unknown key {name!r} in {path}; {_nearest(str(name), KEYS)}`run.py train --help` lists all")
@@ -202,14 +224,17 @@ def check(config):
 
     for name in ("img_size", "num_classes", "patch_size", "window_size", "epochs", "batch_size", "accumulate", "limit", "val_limit"):
         expect(getattr(config, name) is None or getattr(config, name) > 0, name, "1 or more")
-    for name in ("lr", "warmup_lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "mixup", "cutmix", "randaugment_std"):
+    for name in ("lr", "warmup_lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "mixup", "cutmix", "mix_token", "dense_weight",
+                 "randaugment_std"):
         expect(getattr(config, name) >= 0, name, "0 or more")
     for name in ("flip", "erasing", "label_smoothing"):
         expect(0 <= getattr(config, name) <= 1, name, "0 to 1")
     expect(0 <= config.ema < 1, "ema", "0 (none) to below 1")
     expect(0 <= config.randaugment <= 10, "randaugment", "0 (off) to 10")
     expect(0 < config.scale[0] <= config.scale[1] <= 1, "scale", "two rising shares, as 0.08,1")
-    expect(0 < config.crop_pct <= 1, "crop_pct", "above 0, up to 1")
+    expect(0 < config.crop_pct <= 2, "crop_pct", "above 0, up to 2")
+    expect(not config.mix_token or not (config.mixup or config.cutmix), "mix_token", "0 beside mixup or cutmix: an image is mixed once")
+    expect(not config.token_labels or config.data, "token_labels", "null without --data: they belong to photographs")
     expect(config.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
     expect(config.amp in ("auto", "bf16", "fp16", "none"), "amp", "auto, bf16, fp16 or none")
     expect(config.workers is None or config.workers >= 0, "workers", "0 or more")

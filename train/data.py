@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
@@ -17,6 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from train import scenes
+from train.tokens import TokenLabels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; what published weights expect
 TO_FLOAT = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
@@ -31,10 +33,14 @@ def seed_of(*numbers):
 
 
 class Augmented(Dataset):
-    """Photographs for training. Samples have keys (epoch, index): their augmentation depends on these and the seed, on nothing else."""
+    """Photographs for training. Samples have keys (epoch, index): their augmentation depends on these and the seed, on nothing else.
 
-    def __init__(self, images, transform, seed):
-        self.images, self.transform, self.seed = images, transform, seed
+    They are (image, label), or with `token_labels`, a train.tokens.TokenLabels, (image, label, label map, place): see
+    TrainingTransform for the place.
+    """
+
+    def __init__(self, images, transform, seed, token_labels=None):
+        self.images, self.transform, self.seed, self.token_labels = images, transform, seed, token_labels
 
     def __len__(self):
         return len(self.images)
@@ -46,13 +52,16 @@ class Augmented(Dataset):
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
         try:
-            return self.transform(image), label
+            image, place = self.transform(image)
         finally:
             torch.set_rng_state(state)
+        if self.token_labels is None:
+            return image, label
+        return image, label, self.token_labels[index], torch.tensor(place, dtype=torch.float32)
 
 
 class Scenes(Dataset):
-    """Rendered scenes as float images (3, size, size). Every epoch of training draws new ones, so there is nothing to augment.
+    """Rendered scenes of one object as float images (3, size, size). Every epoch of training draws new ones, so there is nothing to augment.
 
     Keys: (epoch, index) for training, index for the held-out scenes. Drawing costs far less than training, so nothing is kept.
     """
@@ -67,7 +76,7 @@ class Scenes(Dataset):
 
     def __getitem__(self, key):
         epoch, index = (0, key) if self.held_out else key
-        scene = scenes.draw(self.held_out * scenes.HELD_OUT + epoch * self.length + index, self.seed, self.size)
+        scene = scenes.draw(self.held_out * scenes.HELD_OUT + epoch * self.length + index, self.seed, self.size, max_objects=1)
         return self.transform(scene.image), scene.label
 
 
@@ -98,23 +107,48 @@ class RandAugment:
 
     Operations, their ranges, the clipping of magnitudes to 0..10 and the fill colour are those of timm, which the published recipe
     was trained with. One difference remains: timm interpolates bilinearly or bicubically at random, here it is always bicubic.
+    Returns (image, place), see TrainingTransform; the image has to be square for the place to be right.
     """
 
     def __init__(self, magnitude=9.0, std=0.5):
         self.magnitude, self.std = magnitude, std
 
     def __call__(self, image):
+        place = np.eye(3)
         for operation in torch.randint(len(OPERATIONS), (2,)).tolist():
             applied, negated, noise = float(torch.rand(())), float(torch.rand(())), float(torch.randn(()))
             if applied < 0.5:
                 level = min(max(self.magnitude + self.std * noise, 0.0), 10.0) / 10
-                image = OPERATIONS[operation](image, level, -level if negated < 0.5 else level)
-        return image
+                operation, signed = OPERATIONS[operation], -level if negated < 0.5 else level
+                image = operation(image, level, signed)
+                if isinstance(operation, Geometric):
+                    place = place @ operation.place(signed, 1, 1)
+        return image, place
 
 
-def _affine(image, dx=0.0, dy=0.0, shear_x=0.0, shear_y=0.0):
-    shear = [math.degrees(math.atan(shear_x)), math.degrees(math.atan(shear_y))]
-    return F.affine(image, 0.0, [round(dx * image.width), round(dy * image.height)], 1.0, shear, BICUBIC, FILL, center=[0, 0])
+class Geometric:
+    """An operation that moves pixels. `matrix`: signed level -> (2, 2), from the result to the image, about the centre or else the
+    top left corner; `shift`: the share of the sides by which the place moves then."""
+
+    def __init__(self, matrix, centred=False, shift=lambda signed: (0.0, 0.0)):
+        self.matrix, self.centred, self.shift = matrix, centred, shift
+
+    def place(self, signed, width, height):
+        """(3, 3): homogeneous coordinates x, y in the result -> in the image."""
+        sides = np.array([width, height], float)
+        matrix, fixed = np.array(self.matrix(signed), float), sides / 2 * self.centred
+        place = np.eye(3)
+        place[:2, :2], place[:2, 2] = matrix, fixed - matrix @ fixed + sides * self.shift(signed)
+        return place
+
+    def __call__(self, image, level, signed):
+        return image.transform(image.size, Image.AFFINE, self.place(signed, *image.size)[:2].flatten().tolist(), Image.BICUBIC,
+                               fillcolor=tuple(FILL))
+
+
+def _rotation(signed):
+    sine, cosine = math.sin(math.radians(30 * signed)), math.cos(math.radians(30 * signed))
+    return (cosine, -sine), (sine, cosine)
 
 
 def _solarize_add(image, level):
@@ -126,7 +160,7 @@ OPERATIONS = (
     lambda image, level, signed: F.autocontrast(image),
     lambda image, level, signed: F.equalize(image),
     lambda image, level, signed: F.invert(image),
-    lambda image, level, signed: F.rotate(image, 30 * signed, BICUBIC, fill=FILL),
+    Geometric(_rotation, centred=True),
     lambda image, level, signed: F.posterize(image, max(1, 4 - int(4 * level))),  # newer Pillow refuses 0 bits, black
     lambda image, level, signed: F.solarize(image, 256 - int(256 * level)),
     lambda image, level, signed: _solarize_add(image, level),
@@ -134,21 +168,38 @@ OPERATIONS = (
     lambda image, level, signed: F.adjust_contrast(image, 1 + 0.9 * signed),
     lambda image, level, signed: F.adjust_brightness(image, 1 + 0.9 * signed),
     lambda image, level, signed: F.adjust_sharpness(image, 1 + 0.9 * signed),
-    lambda image, level, signed: _affine(image, shear_x=0.3 * signed),
-    lambda image, level, signed: _affine(image, shear_y=0.3 * signed),
-    lambda image, level, signed: _affine(image, dx=0.45 * signed),
-    lambda image, level, signed: _affine(image, dy=0.45 * signed),
+    Geometric(lambda signed: ((1, 0.3 * signed), (0, 1))),
+    Geometric(lambda signed: ((1, 0), (0.3 * signed, 1))),
+    Geometric(lambda signed: np.eye(2), shift=lambda signed: (0.45 * signed, 0)),
+    Geometric(lambda signed: np.eye(2), shift=lambda signed: (0, 0.45 * signed)),
 )
 
 
-def training_transform(config):
-    """PIL image -> (3, img_size, img_size) float32: crop, flip, RandAugment, normalisation, erasing, as the Config says."""
-    size = (config.img_size, config.img_size)
-    steps = [v2.Resize(size, BICUBIC) if config.scale == (1.0, 1.0) else v2.RandomResizedCrop(size, config.scale, interpolation=BICUBIC)]
-    steps.append(v2.RandomHorizontalFlip(config.flip))
-    if config.randaugment:
-        steps.append(RandAugment(config.randaugment, config.randaugment_std))
-    return v2.Compose([*steps, *TO_FLOAT, Erasing(config.erasing)])
+class TrainingTransform:
+    """PIL image -> ((3, img_size, img_size) float32, place): crop, flip, RandAugment, normalisation, erasing, as the Config says.
+
+    place, (3, 3), leads from homogeneous coordinates in the result back to those in the image, both as shares of width and height.
+    """
+
+    def __init__(self, config):
+        self.size, self.scale, self.flip = config.img_size, config.scale, config.flip
+        self.randaugment = RandAugment(config.randaugment, config.randaugment_std) if config.randaugment else None
+        self.finish = v2.Compose([*TO_FLOAT, Erasing(config.erasing)])
+
+    def __call__(self, image):
+        W, H = image.size
+        top, left, height, width = 0, 0, H, W
+        if self.scale != (1.0, 1.0):
+            top, left, height, width = v1.RandomResizedCrop.get_params(image, self.scale, (3 / 4, 4 / 3))
+        image = F.resized_crop(image, top, left, height, width, (self.size, self.size), BICUBIC)
+        place = np.array([[width / W, 0, left / W], [0, height / H, top / H], [0, 0, 1]])
+        if torch.rand(()) < self.flip:
+            image = F.horizontal_flip(image)
+            place = place @ [[-1, 0, 1], [0, 1, 0], [0, 0, 1]]
+        if self.randaugment:
+            image, moved = self.randaugment(image)
+            place = place @ moved
+        return self.finish(image), place
 
 
 def validation_transform(img_size, crop_pct):
@@ -204,7 +255,9 @@ def datasets(config):
         missing, extra = sorted(set(train.classes) - set(val.classes)), sorted(set(val.classes) - set(train.classes))
         raise ValueError(f"the classes of {train.root} and {val.root} differ; expected the same folders in both. Missing in {val.root}: "
                          f"{missing[:5]}, missing in {train.root}: {extra[:5]}")
-    return Augmented(balanced(train, config.limit), training_transform(config), config.seed), balanced(val, config.val_limit), train.classes
+    train_images = balanced(train, config.limit)
+    labels = TokenLabels(config.token_labels, train, train_images) if config.token_labels else None
+    return Augmented(train_images, TrainingTransform(config), config.seed, labels), balanced(val, config.val_limit), train.classes
 
 
 def held_out_scenes(config):

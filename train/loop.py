@@ -7,18 +7,19 @@ from collections import deque
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import kernels
 from eval.imagenet import evaluate  # the one arrow from train to eval: both must count alike
-from models import create_model
+from models import create_model, load_weights
 from train import data
 from train.config import model_overrides, refuse_other, to_dict
 from train.device import autocast, join_ranks, leave_ranks, precision
+from train.losses import mixed_cross_entropy, token_cross_entropy
 from train.run_folder import RunFolder
+from train.tokens import dense_targets, draw_swap
 
 
 def train(config, resume=None, notes=()):
@@ -56,6 +57,10 @@ class Run:
         torch.manual_seed(config.seed)
         self.model = create_model(config.model, attn=config.attn, num_classes=config.num_classes, img_size=config.img_size,
                                   **model_overrides(config))
+        if (config.mix_token or config.token_labels) and not hasattr(self.model, "token_grid"):
+            raise ValueError(f"mix_token and token_labels are for models with logits for every token, as VOLO; {config.model} has none")
+        if config.weights and not resume:
+            load_weights(self.model, config.weights, classifier=not config.fresh_head)
         # On GPUs channels come last in memory, where attention over (B, H, W, C) wants them.
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.model.to(device, memory_format=self.layout)
@@ -102,14 +107,17 @@ class Run:
             return
         if self.rank == 0:
             images = torch.zeros(share, 3, self.config.img_size, self.config.img_size, device=self.device)
+            buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # statistics of batch norm
             with torch.random.fork_rng(devices=[self.device]):
                 for training in (True, False):
                     self.model.train(training)
                     with autocast(self.device, self.config.amp), torch.set_grad_enabled(training):
                         out = self.model(images.to(memory_format=self.layout))
                     if training:
-                        out.float().mean().backward()
+                        sum(part.float().mean() for part in (out if isinstance(out, tuple) else (out,))).backward()
             self.model.zero_grad(set_to_none=True)
+            for buffer, before in buffers:
+                buffer.copy_(before)
         if self.world > 1:
             table = [kernels.tuned() if self.rank == 0 else None]
             dist.broadcast_object_list(table, src=0, device=self.device)
@@ -121,10 +129,10 @@ class Run:
         self.loader.batch_sampler.epoch = epoch
         self.model.train()
         self.losses, self.began, loss = [], time.perf_counter(), 0.0
-        for i, (images, labels) in enumerate(self.loader):
+        for i, batch in enumerate(self.loader):
             last_pass = (i + 1) % config.accumulate == 0
             rng = np.random.default_rng((config.seed, epoch, i, self.rank))
-            loss = loss + self.backward(images, labels, rng, last_pass)
+            loss = loss + self.backward(batch, rng, last_pass)
             if not last_pass:
                 continue
             step = epoch * self.steps_per_epoch + i // config.accumulate
@@ -144,16 +152,26 @@ class Run:
             self.bar.update(self.losses[-1], lr)
             loss = 0.0
 
-    def backward(self, images, labels, rng, last_pass):
+    def backward(self, batch, rng, last_pass):
         """Adds the gradients of one pass -> its part of the step's loss. Ranks exchange gradients in the last pass alone."""
         config = self.config
-        images = images.to(self.device, non_blocking=True, memory_format=self.layout)
-        labels = labels.to(self.device, non_blocking=True)
-        images, own = data.mix(images, config.mixup, config.cutmix, rng)
+        images, labels, *label_maps = (part.to(self.device, non_blocking=True) for part in batch)
+        images, own = data.mix(images.to(memory_format=self.layout), config.mixup, config.cutmix, rng)
+        inputs = [images]
+        if config.mix_token:
+            swap, own = draw_swap(rng, config.mix_token, *self.model.token_grid(*images.shape[2:]))
+            inputs.append(swap.to(self.device))
         with contextlib.nullcontext() if last_pass or self.world == 1 else self.runner.no_sync():
             with autocast(self.device, config.amp):
-                logits = self.runner(images)
-            loss = mixed_cross_entropy(logits.float(), labels, own, config.label_smoothing) / config.accumulate
+                out = self.runner(*inputs)
+            if isinstance(out, tuple):
+                logits, token_logits = (part.float() for part in out)
+                targets = dense_targets(*label_maps, labels, *token_logits.shape[1:], config.label_smoothing,
+                                        config.ground_truth) if label_maps else None
+                loss = token_cross_entropy(logits, token_logits, labels, targets, own, config.label_smoothing, config.dense_weight)
+            else:
+                loss = mixed_cross_entropy(out.float(), labels, own, config.label_smoothing)
+            loss = loss / config.accumulate
             self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -173,6 +191,8 @@ class Run:
     def close_epoch(self, epoch):
         """Evaluates, logs, and writes last.pt and, if this is the best epoch so far, best.pt."""
         rate = self.steps_per_epoch * self.config.batch_size / (time.perf_counter() - self.began)
+        for buffer in self.model.buffers() if self.world > 1 else ():  # statistics of batch norm: those that will be saved
+            dist.broadcast(buffer, 0)
         result = evaluate(self.ema.module if self.ema else self.model, self.validation_loader, self.device, self.config.amp)
         best = result["top1"] > max((row["top1"] for row in self.history), default=-1.0)
         self.history.append({"epoch": epoch + 1, "train_loss": sum(self.losses) / len(self.losses), "val_loss": result["loss"],
@@ -216,14 +236,6 @@ def learning_rate(step, steps_per_epoch, config):
         return config.warmup_lr + (config.lr - config.warmup_lr) * step / warmup
     done = (step - warmup) / max(1, last - warmup)
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
-
-
-def mixed_cross_entropy(logits, labels, own, label_smoothing):
-    """Cross-entropy against `own` of the image's label and the rest of its partner's, see data.mix. logits (B, C), labels (B,)."""
-    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    if own == 1:
-        return loss
-    return own * loss + (1 - own) * F.cross_entropy(logits, labels.flip(0), label_smoothing=label_smoothing)
 
 
 class Progress:
