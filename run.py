@@ -2,9 +2,12 @@
 
     python run.py train swin_t --attn elsa                          rendered scenes, no download, a few minutes on a laptop
     python run.py train swin_t --attn elsa --data DIR               DIR/train and DIR/val, ImageNet recipe of the paper
+    python run.py train volo_d1 --attn elsa                         another architecture
+    python run.py train upernet_swin_t --attn elsa                  semantic segmentation; --data DIR takes ADE20K's folders
     torchrun --nproc-per-node 8 run.py train swin_t --attn elsa --data DIR
     python run.py train swin_t --attn elsa --resume                 continue the newest run of this name
     python run.py eval swin_t --attn elsa --weights FILE --data DIR
+    python run.py predict upernet_swin_t --weights FILE IMAGE...    what the model sees, drawn into the images
     python run.py bench                                             operator timings of this machine
 
 `python run.py train --help` lists every option; `--batch-size 64` overrides the recipe's batch_size.
@@ -23,7 +26,22 @@ def train(argv):
 
 
 def evaluate(argv):
-    from eval.imagenet import main
+    from eval import ade20k, imagenet, options
+    parser = options.parser("run.py eval", "Evaluate a classifier or a segmenter.")
+    parser.add_argument("--multi-scale", action="store_true", help="segmenters: mean over six scales, each mirrored too")
+    parser.add_argument("--dump", metavar="DIR", help="segmenters: write predictions as PNGs, where 1 is the first class")
+    given = vars(parser.parse(argv))
+    weights, multi_scale, dump = (given.pop(name) for name in ("weights", "multi_scale", "dump"))
+    config, classes = options.settle(given, weights)
+    if config.model.startswith("upernet"):
+        return ade20k.run(config, weights, classes, multi_scale, dump)
+    if multi_scale or dump:
+        raise ValueError(f"--multi-scale and --dump are for segmenters; {config.model} is a classifier")
+    return imagenet.run(config, weights, classes)
+
+
+def predict(argv):
+    from eval.predict import main
     main(argv)
 
 
@@ -32,7 +50,7 @@ def bench(argv):
     main(argv)
 
 
-COMMANDS = {"train": train, "eval": evaluate, "bench": bench}
+COMMANDS = {"train": train, "eval": evaluate, "predict": predict, "bench": bench}
 
 
 def main(argv):

@@ -1,5 +1,4 @@
 """Top-1 and top-5 accuracy on ImageNet, on any folder tree of that layout, or on the rendered scenes; and the speed of it."""
-import argparse
 import math
 import time
 from pathlib import Path
@@ -14,8 +13,6 @@ from train import data
 from train.device import autocast, join_ranks, leave_ranks
 
 WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # class index -> WordNet id, which is the name of ImageNet's folders
-TRAINED = ("attn", "img_size", "crop_pct", "num_classes", "patch_size", "window_size", "model_args", "seed")  # taken from a checkpoint
-OPTIONS = TRAINED + ("data", "val_limit", "batch_size", "device", "amp", "workers")
 
 
 @torch.no_grad()
@@ -50,16 +47,11 @@ def evaluate(model, loader, device, amp="none"):
             "seconds": float(seconds)}
 
 
-def main(argv):
-    """`run.py eval`: prints top-1, top-5 and images per second, and returns the result of evaluate()."""
-    parser = configuration.Parser(prog="run.py eval", description="Evaluate a classifier.")
-    parser.add_argument("model", nargs="?", default=None, help="architecture; default: the one in the checkpoint, else swin_t")
-    parser.add_argument("--weights", help="checkpoint of this project or published weights; default: none, an untrained model")
-    parser.add_keys(OPTIONS)
-    options = vars(parser.parse(argv))
-    weights = options.pop("weights")
-    config, classes = settle(options, weights)
+def run(config, weights, classes):
+    """`run.py eval` of a classifier: prints top-1, top-5 and images per second, and returns the result of evaluate().
 
+    config: Config. weights: file or None. classes: names of the checkpoint's classes, or None.
+    """
     rank, world, device = join_ranks(config.device)
     try:
         images, config.num_classes = evaluation_set(config, classes)
@@ -80,31 +72,6 @@ def main(argv):
         return result
     finally:
         leave_ranks()
-
-
-def settle(options, weights):
-    """Options over what the checkpoint was trained with over defaults -> (Config, names of the checkpoint's classes or None)."""
-    saved, classes = checkpoint_facts(weights) if weights else ({}, None)
-    if options["model"] and saved and options["model"] != saved["model"]:
-        raise ValueError(f"{weights} was trained as {saved['model']}, not as {options['model']}; name that model or none")
-    options["model"] = options["model"] or saved.get("model", "swin_t")
-    if not saved and not options.get("data"):  # the scenes have a size of their own
-        saved = configuration.read_recipe(configuration.scenes_recipe(options["model"]))
-    config = configuration.Config(batch_size=128)
-    for name, value in [(name, saved[name]) for name in TRAINED if name in saved] + list(options.items()):
-        setattr(config, name, configuration.cast(name, value))
-    configuration.check(config)
-    return config, classes
-
-
-def checkpoint_facts(path):
-    """(configuration, class names) inside a checkpoint of train.loop; ({}, None) for any other file, which load_weights judges."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return dict(checkpoint["config"]), list(checkpoint["classes"])
-    except Exception:
-        return {}, None
 
 
 def evaluation_set(config, classes):

@@ -2,11 +2,12 @@
 import difflib
 import inspect
 
-from models import swin, volo
+from models import swin, upernet, volo
 from models.weights import load_weights
 
 # name -> (class, the numbers of this size). The class names its attentions, the default first, in `attentions`.
-MODELS = {name: (architecture, config) for architecture, configs in ((swin.Swin, swin.CONFIGS), (volo.VOLO, volo.CONFIGS))
+MODELS = {name: (architecture, config) for architecture, configs in ((swin.Swin, swin.CONFIGS), (volo.VOLO, volo.CONFIGS),
+                                                                          (upernet.UPerNet, upernet.CONFIGS))
           for name, config in configs.items()}
 
 
@@ -15,27 +16,33 @@ def list_models():
     return sorted(MODELS)
 
 
-def create_model(name, *, attn=None, num_classes=1000, img_size=224, **overrides):
+def create_model(name, *, attn=None, num_classes=None, img_size=224, **overrides):
     """Builds a model with fresh weights.
 
     Args:
         name: one of list_models().
         attn: kind of attention, e.g. "elsa"; None: the architecture's own ("window" for Swin, "outlook" for VOLO).
-        num_classes: width of the logits; 0: pooled features instead of logits.
+        num_classes: width of the logits; None: 1000, for segmenters 150. 0: a classifier gives pooled features instead of logits.
         img_size: side of the images in pixels, for VOLO's position embedding (which is interpolated for images of another size).
             Swin has none and ignores it.
-        overrides: any other argument of the architecture, e.g. drop_path_rate=0.2, patch_size=2, checkpointing=True.
+        overrides: any other argument of the architecture or of its backbone, e.g. drop_path_rate=0.2, patch_size=2,
+            checkpointing=True.
 
-    Returns: an nn.Module, images (B, 3, H, W) -> logits (B, num_classes); VOLO in training mode gives its tokens' logits, too.
+    Returns: an nn.Module, images (B, 3, H, W) -> logits (B, num_classes), segmenters (B, num_classes, H, W). In training mode VOLO
+    gives its tokens' logits, too, and segmenters those of their auxiliary head.
     Raises ValueError for an unknown name, attention or override, with the nearest known one.
     """
     architecture, config = MODELS[_known("model", name, list_models())]
-    options = [option for option in inspect.signature(architecture).parameters if option not in ("attn", "num_classes", "img_size")]
+    own = inspect.signature(architecture).parameters
+    inherited = inspect.signature(architecture.backbone_class).parameters if hasattr(architecture, "backbone_class") else ()
     for override in overrides:
-        _known(f"override of {name}", override, options)
+        _known(f"override of {name}", override, [option for option in (*own, *inherited)
+                                                 if option not in ("attn", "num_classes", "img_size", "backbone")])
     attn = architecture.attentions[0] if attn is None else _known(f"attn of {name}", attn, architecture.attentions)
-    size = {"img_size": img_size} if "img_size" in inspect.signature(architecture).parameters else {}
-    return architecture(attn=attn, num_classes=num_classes, **size, **{**config, **overrides})
+    given = {} if num_classes is None else {"num_classes": num_classes}
+    if "img_size" in own:
+        given["img_size"] = img_size
+    return architecture(attn=attn, **given, **{**config, **overrides})
 
 
 def _known(what, value, choices):

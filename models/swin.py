@@ -215,3 +215,20 @@ class Swin(nn.Module):
     def forward(self, images):
         x = self.forward_features(images)[-1].permute(0, 2, 3, 1)  # (B, H, W, C)
         return self.head(self.norm(x).mean((1, 2)))
+
+
+class Backbone(Swin):
+    """The maps of all stages for detectors and segmenters, each through a layer norm of its own.
+
+    Arguments as Swin, without a classifier. Shapes: images (B, 3, H, W) -> four (B, C_i, H_i, W_i), strides 4, 8, 16, 32.
+    """
+
+    def __init__(self, **options):
+        super().__init__(num_classes=0, always_shift=True, **options)
+        del self.norm, self.head
+        for i, dim in enumerate(self.dims):
+            self.add_module(f"norm{i}", nn.LayerNorm(dim))
+
+    def forward(self, images):
+        maps = self.forward_features(images)
+        return tuple(getattr(self, f"norm{i}")(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for i, x in enumerate(maps))

@@ -7,8 +7,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from eval import imagenet
-from eval.imagenet import class_indices, evaluate, main
+from eval.imagenet import class_indices, evaluate
 from models import create_model
+from run import evaluate as main
 from train import data
 
 CPU = torch.device("cpu")

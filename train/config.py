@@ -33,7 +33,7 @@ class Config:
     val_limit: int | None = key(None, "use only this many validation images, equally many of each class")
 
     # Architecture; null leaves the choice to the model
-    img_size: int = key(224, "side of the images in pixels")
+    img_size: int = key(224, "side of the images in pixels; segmentation: of the crops, and short side when evaluating")
     num_classes: int | None = key(None, "classes; null: as many as the data has")
     patch_size: int | None = key(None, "pixels along the side of a patch")
     window_size: int | None = key(None, "side of an attention window in patches")
@@ -48,7 +48,8 @@ class Config:
     lr: float = key(1e-3, "peak learning rate")
     warmup_lr: float = key(1e-6, "learning rate of the first step")
     min_lr: float = key(1e-5, "learning rate at the end")
-    warmup_epochs: float = key(20.0, "epochs of linear warm-up; the cosine runs from its end to the last step")
+    schedule: str = key("cosine", "of the learning rate after the warm-up: cosine, or linear, which falls from the first step on")
+    warmup_epochs: float = key(20.0, "epochs of linear warm-up; a cosine runs from its end to the last step")
     weight_decay: float = key(0.05, "decay of AdamW; norms, biases and relative position biases are not decayed")
     betas: tuple = key((0.9, 0.999), "momenta of AdamW")
     clip_grad: float = key(0.0, "largest norm of the gradient; 0: no clipping")
@@ -56,6 +57,7 @@ class Config:
 
     # Augmentation and regularisation
     scale: tuple = key((0.08, 1.0), "share of the image's area that a random crop keeps, from and to; 1,1: whole image, resized")
+    resize: tuple = key((0.5, 2.0), "segmentation: ratio to img_size by which the photograph is resized before it is cropped, from and to")
     flip: float = key(0.5, "probability of a horizontal flip")
     randaugment: float = key(0.0, "mean magnitude of RandAugment, 0 to 10; 0: off")
     randaugment_std: float = key(0.5, "standard deviation of that magnitude")
@@ -63,6 +65,7 @@ class Config:
     cutmix: float = key(0.0, "alpha of cutmix; 0: off")
     mix_token: float = key(0.0, "VOLO: alpha of mix-token, where a box of tokens changes places between two images; 0: off")
     dense_weight: float = key(0.5, "VOLO: weight of the loss of the tokens beside that of the image")
+    auxiliary_weight: float = key(0.4, "segmentation: weight of the auxiliary head's loss")
     ground_truth: bool = key(False, "with token_labels: mix the image's label into the target of the class token")
     erasing: float = key(0.0, "probability that a rectangle is replaced by noise")
     label_smoothing: float = key(0.0, "probability mass spread over all classes")
@@ -116,7 +119,7 @@ def parse_train(argv):
 
     resume: None, True (the newest run of this name) or a path. notes: lines to print about choices that were made.
     """
-    parser = Parser(prog="run.py train", description="Train a classifier.")
+    parser = Parser(prog="run.py train", description="Train a classifier or a segmenter.")
     parser.add_argument("model", nargs="?", default="swin_t", help=KEYS["model"].metadata["help"])
     parser.add_argument("--recipe", default=None, help="YAML file of keys; default: train/recipes/<model>.yaml, without --data scenes_<family>.yaml")
     parser.add_argument("--resume", nargs="?", const=True, default=None, metavar="RUN",
@@ -225,6 +228,7 @@ def check(config):
     for name in ("img_size", "num_classes", "patch_size", "window_size", "epochs", "batch_size", "accumulate", "limit", "val_limit"):
         expect(getattr(config, name) is None or getattr(config, name) > 0, name, "1 or more")
     for name in ("lr", "warmup_lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "mixup", "cutmix", "mix_token", "dense_weight",
+                 "auxiliary_weight",
                  "randaugment_std"):
         expect(getattr(config, name) >= 0, name, "0 or more")
     for name in ("flip", "erasing", "label_smoothing"):
@@ -236,6 +240,8 @@ def check(config):
     expect(not config.mix_token or not (config.mixup or config.cutmix), "mix_token", "0 beside mixup or cutmix: an image is mixed once")
     expect(not config.token_labels or config.data, "token_labels", "null without --data: they belong to photographs")
     expect(config.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
+    expect(0 < config.resize[0] <= config.resize[1], "resize", "two rising ratios, as 0.5,2")
+    expect(config.schedule in ("cosine", "linear"), "schedule", "cosine or linear")
     expect(config.amp in ("auto", "bf16", "fp16", "none"), "amp", "auto, bf16, fp16 or none")
     expect(config.workers is None or config.workers >= 0, "workers", "0 or more")
 

@@ -32,6 +32,16 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
+def with_generator(seeds, function, *arguments):
+    """function(*arguments) with torch's global generator seeded, which in the main process also drives stochastic depth: it is put back."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed_of(*seeds))
+    try:
+        return function(*arguments)
+    finally:
+        torch.set_rng_state(state)
+
+
 class Augmented(Dataset):
     """Photographs for training. Samples have keys (epoch, index): their augmentation depends on these and the seed, on nothing else.
 
@@ -48,13 +58,7 @@ class Augmented(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         image, label = self.images[index]
-        # The transforms draw from torch's global generator, which in the main process also drives stochastic depth.
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-        try:
-            image, place = self.transform(image)
-        finally:
-            torch.set_rng_state(state)
+        image, place = with_generator((self.seed, epoch, index), self.transform, image)
         if self.token_labels is None:
             return image, label
         return image, label, self.token_labels[index], torch.tensor(place, dtype=torch.float32)
@@ -267,14 +271,17 @@ def held_out_scenes(config):
 def image_folder(root, transform=None):
     """torchvision's ImageFolder, with errors that say what is wrong with `root` or with a file in it."""
     try:
-        return ImageFolder(root, transform, loader=_load)
+        return ImageFolder(root, transform, loader=load_image)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{root}: {error}. Expected one folder per class with images inside") from error
 
 
-def _load(path):
+def load_image(path):
+    """A photograph as an RGB PIL image."""
     try:
         return default_loader(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image at {path}") from None
     except Exception as error:  # Pillow raises whatever its decoders do
         raise ValueError(f"{path} cannot be read as an image ({error}); replace or delete the file") from error
 

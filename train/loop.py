@@ -12,14 +12,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import kernels
-from eval.imagenet import evaluate  # the one arrow from train to eval: both must count alike
 from models import create_model, load_weights
-from train import data
+from train import classification, data, segmentation
 from train.config import model_overrides, refuse_other, to_dict
 from train.device import autocast, join_ranks, leave_ranks, precision
-from train.losses import mixed_cross_entropy, token_cross_entropy
 from train.run_folder import RunFolder
-from train.tokens import dense_targets, draw_swap
+
+# family of architectures -> module with METRICS, datasets(config), loss(run, batch, rng), evaluate(model, loader, device, amp)
+TASKS = {"swin": classification, "volo": classification, "upernet": segmentation}
 
 
 def train(config, resume=None, notes=()):
@@ -49,7 +49,8 @@ class Run:
     """All that one run consists of; train() says in which order its methods are called."""
 
     def __init__(self, config, resume, notes, rank, world, device):
-        training, validation, self.classes = data.datasets(config)
+        self.task = TASKS.get(config.model.split("_")[0], classification)
+        training, validation, self.classes = self.task.datasets(config)
         config.num_classes = config.num_classes or len(self.classes)
         check_fit(config, len(training), len(self.classes), world)
         self.config, self.rank, self.world, self.device = config, rank, world, device
@@ -63,20 +64,22 @@ class Run:
             load_weights(self.model, config.weights, classifier=not config.fresh_head)
         # On GPUs channels come last in memory, where attention over (B, H, W, C) wants them.
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        if world > 1 and device.type == "cuda" and self.task is segmentation:  # crops of a rank are too few for statistics
+            self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(device, memory_format=self.layout)
         groups = decay_groups(self.model, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision(device, config.amp) == "fp16")
 
-        self.folder = RunFolder.open(config, resume, rank, world)
+        self.folder = RunFolder.open(config, resume, rank, world, self.task.METRICS)
         self.first_epoch, self.history = 0, []
         if resume:
             self.restore(self.folder.load())
         workers = config.workers if config.workers is not None else data.default_workers(config)
         share = config.batch_size // config.accumulate // world  # images of one forward pass
         self.loader = data.training_loader(training, config, rank, world, workers)
-        self.validation_loader = data.validation_loader(validation, share, rank, world, workers)
+        self.validation_loader = self.task.validation_loader(validation, share, rank, world, workers)
         self.steps_per_epoch = len(self.loader) // config.accumulate
         if rank == 0:
             self.folder.announce(config, notes, self.model, len(training), len(validation), world, device, self.first_epoch)
@@ -154,24 +157,10 @@ class Run:
 
     def backward(self, batch, rng, last_pass):
         """Adds the gradients of one pass -> its part of the step's loss. Ranks exchange gradients in the last pass alone."""
-        config = self.config
-        images, labels, *label_maps = (part.to(self.device, non_blocking=True) for part in batch)
-        images, own = data.mix(images.to(memory_format=self.layout), config.mixup, config.cutmix, rng)
-        inputs = [images]
-        if config.mix_token:
-            swap, own = draw_swap(rng, config.mix_token, *self.model.token_grid(*images.shape[2:]))
-            inputs.append(swap.to(self.device))
+        batch = [part.to(self.device, non_blocking=True) for part in batch]
+        batch[0] = batch[0].to(memory_format=self.layout)
         with contextlib.nullcontext() if last_pass or self.world == 1 else self.runner.no_sync():
-            with autocast(self.device, config.amp):
-                out = self.runner(*inputs)
-            if isinstance(out, tuple):
-                logits, token_logits = (part.float() for part in out)
-                targets = dense_targets(*label_maps, labels, *token_logits.shape[1:], config.label_smoothing,
-                                        config.ground_truth) if label_maps else None
-                loss = token_cross_entropy(logits, token_logits, labels, targets, own, config.label_smoothing, config.dense_weight)
-            else:
-                loss = mixed_cross_entropy(out.float(), labels, own, config.label_smoothing)
-            loss = loss / config.accumulate
+            loss = self.task.loss(self, batch, rng) / self.config.accumulate
             self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -193,15 +182,16 @@ class Run:
         rate = self.steps_per_epoch * self.config.batch_size / (time.perf_counter() - self.began)
         for buffer in self.model.buffers() if self.world > 1 else ():  # statistics of batch norm: those that will be saved
             dist.broadcast(buffer, 0)
-        result = evaluate(self.ema.module if self.ema else self.model, self.validation_loader, self.device, self.config.amp)
-        best = result["top1"] > max((row["top1"] for row in self.history), default=-1.0)
+        result = self.task.evaluate(self.ema.module if self.ema else self.model, self.validation_loader, self.device, self.config.amp)
+        chosen = next(iter(self.task.METRICS))
+        best = result[chosen] > max((row[chosen] for row in self.history), default=-1.0)
         self.history.append({"epoch": epoch + 1, "train_loss": sum(self.losses) / len(self.losses), "val_loss": result["loss"],
-                             "top1": result["top1"], "top5": result["top5"], "images_per_s": rate})
+                             **{metric: result[metric] for metric in self.task.METRICS}, "images_per_s": rate})
         self.folder.log(**self.history[-1])
         self.folder.save({"model": self.model.state_dict(), "ema": self.ema.module.state_dict() if self.ema else None,
                           "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "epoch": epoch + 1,
                           "config": to_dict(self.config), "classes": self.classes, "history": self.history}, best)
-        self.bar.epoch(self.history[-1], self.config.epochs)
+        self.bar.epoch(self.history[-1], self.config.epochs, self.task.METRICS)
 
 
 def check_fit(config, images, classes, world):
@@ -230,8 +220,15 @@ def decay_groups(model, weight_decay):
 
 
 def learning_rate(step, steps_per_epoch, config):
-    """Linear from warmup_lr to lr over the warm-up, then half a cosine down to min_lr at the last step."""
+    """Linear from warmup_lr to lr over the warm-up, then half a cosine down to min_lr at the last step.
+
+    The linear schedule falls from lr at the first step to min_lr after the last, and the warm-up, a factor, lies over it.
+    """
     warmup, last = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch - 1
+    if config.schedule == "linear":
+        falling = config.min_lr + (config.lr - config.min_lr) * (1 - step / (last + 1))
+        start = config.warmup_lr / config.lr if config.lr else 0
+        return falling * (start + (1 - start) * step / warmup) if step < warmup else falling
     if step < warmup:
         return config.warmup_lr + (config.lr - config.warmup_lr) * step / warmup
     done = (step - warmup) / max(1, last - warmup)
@@ -260,10 +257,11 @@ class Progress:
                   f"{left // 60}:{left % 60:02d} left", flush=True)
             self.spoke = now
 
-    def epoch(self, row, epochs):
+    def epoch(self, row, epochs, metrics):
         if not self.quiet:
-            tqdm.write(f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  "
-                       f"top-1 {row['top1']:.2f}  top-5 {row['top5']:.2f}  {row['images_per_s']:.0f} images/s")
+            reached = "  ".join(f"{name} {row[metric]:.2f}" for metric, name in metrics.items())
+            tqdm.write(f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  {reached}  "
+                       f"{row['images_per_s']:.0f} images/s")
 
     def close(self):
         self.bar.close()

@@ -21,11 +21,11 @@ class RunFolder:
     classes, epoch (how many are finished) and history; last.pt also has optimizer and scaler.
     """
 
-    def __init__(self, path, writes):
-        self.path, self.writes = Path(path), writes
+    def __init__(self, path, writes, metrics):
+        self.path, self.writes, self.metrics = Path(path), writes, metrics
 
     @classmethod
-    def open(cls, config, resume, rank, world):
+    def open(cls, config, resume, rank, world, metrics):
         """Finds or makes the folder on rank 0 and tells the others; an error there is raised on every rank."""
         found = [None]
         if rank == 0:
@@ -37,7 +37,7 @@ class RunFolder:
             dist.broadcast_object_list(found, src=0)
         if isinstance(found[0], Exception):
             raise found[0]
-        return cls(found[0], rank == 0)
+        return cls(found[0], rank == 0, metrics)
 
     def load(self):
         """The checkpoint last.pt."""
@@ -52,7 +52,7 @@ class RunFolder:
         (self.path / "config.yaml").write_text(text)
         log = self.path / "log.jsonl"
         rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        log.write_text("".join(json.dumps(row) + "\n" for row in rows if row["epoch"] < epoch or "top1" in row and row["epoch"] == epoch))
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows if row["epoch"] < epoch or "step" not in row and row["epoch"] == epoch))
 
         source = f"{config.data}" if config.data else "rendered scenes, because no --data was given"
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -65,7 +65,7 @@ class RunFolder:
         print("configuration:\n" + "".join("  " + line + "\n" for line in text.splitlines()), flush=True)
 
     def log(self, **row):
-        """One line of log.jsonl: a step (step, epoch from 0, loss, lr), or an epoch (epoch from 1, train_loss, val_loss, top1, ...)."""
+        """One line of log.jsonl: a step (step, epoch from 0, loss, lr), or an epoch (epoch from 1, train_loss, val_loss, the metrics)."""
         if self.writes:
             with open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -78,9 +78,9 @@ class RunFolder:
             self.plot()
 
     def plot(self):
-        """curves.png: loss of every step and epoch, and accuracy, against epochs."""
+        """curves.png: loss of every step and epoch, and the metrics, against epochs."""
         rows = [json.loads(line) for line in (self.path / "log.jsonl").read_text().splitlines()]
-        steps, epochs = [row for row in rows if "step" in row], [row for row in rows if "top1" in row]
+        steps, epochs = [row for row in rows if "step" in row], [row for row in rows if "step" not in row]
         per_epoch = len(steps) / len(epochs)
         at = [row["epoch"] for row in epochs]
         figure = Figure(figsize=(10, 4), layout="constrained")
@@ -89,10 +89,11 @@ class RunFolder:
         losses.plot(at, [row["train_loss"] for row in epochs], "o-", label="training")
         losses.plot(at, [row["val_loss"] for row in epochs], "o-", label="validation")
         losses.set(xlabel="epoch", ylabel="cross-entropy")
-        for name, label in (("top1", "top-1"), ("top5", "top-5")):
-            accuracy.plot(at, [row[name] for row in epochs], "o-", label=label)
-        best = max(row["top1"] for row in epochs)
-        accuracy.set(xlabel="epoch", ylabel="validation accuracy, %", ylim=(0, 101), title=f"best top-1 {best:.2f}")
+        for metric, name in self.metrics.items():
+            accuracy.plot(at, [row[metric] for row in epochs], "o-", label=name)
+        chosen, name = next(iter(self.metrics.items()))
+        best = max(row[chosen] for row in epochs)
+        accuracy.set(xlabel="epoch", ylabel="validation, %", ylim=(0, 101), title=f"best {name} {best:.2f}")
         for axes in (losses, accuracy):
             axes.grid(alpha=0.3)
             axes.legend()

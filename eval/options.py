@@ -1,0 +1,44 @@
+"""Options of `run.py eval` and `run.py predict`: the command line over what the checkpoint was trained with over the defaults."""
+import argparse
+
+import torch
+
+from train import config as configuration
+
+TRAINED = ("attn", "img_size", "crop_pct", "num_classes", "patch_size", "window_size", "model_args", "seed")  # taken from a checkpoint
+OPTIONS = TRAINED + ("data", "val_limit", "batch_size", "device", "amp", "workers")
+
+
+def parser(prog, description):
+    """With the options that every evaluation has: the model, its weights and OPTIONS."""
+    parser = configuration.Parser(prog=prog, description=description)
+    parser.add_argument("model", nargs="?", default=None, help="architecture; default: the one in the checkpoint, else swin_t")
+    parser.add_argument("--weights", help="checkpoint of this project or published weights; default: none, an untrained model")
+    parser.add_keys(OPTIONS)
+    return parser
+
+
+def settle(options, weights):
+    """Options over what the checkpoint was trained with over defaults -> (Config, names of the checkpoint's classes or None)."""
+    saved, classes = checkpoint_facts(weights) if weights else ({}, None)
+    if options["model"] and saved and options["model"] != saved["model"]:
+        raise ValueError(f"{weights} was trained as {saved['model']}, not as {options['model']}; name that model or none")
+    options["model"] = options["model"] or saved.get("model", "swin_t")
+    if not saved:  # the scenes have a size of their own, and so have the photographs of each model's recipe
+        recipe = configuration.RECIPES / f"{options['model']}.yaml" if options.get("data") else configuration.scenes_recipe(options["model"])
+        saved = configuration.read_recipe(recipe) if recipe.exists() else {}
+    config = configuration.Config(batch_size=128)
+    for name, value in [(name, saved[name]) for name in TRAINED if name in saved] + list(options.items()):
+        setattr(config, name, configuration.cast(name, value))
+    configuration.check(config)
+    return config, classes
+
+
+def checkpoint_facts(path):
+    """(configuration, class names) inside a checkpoint of train.loop; ({}, None) for any other file, which load_weights judges."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return dict(checkpoint["config"]), list(checkpoint["classes"])
+    except Exception:
+        return {}, None

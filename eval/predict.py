@@ -1,0 +1,104 @@
+"""`run.py predict`: what a model sees in photographs, drawn into them, with a JSON file beside each."""
+import colorsys
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from eval import ade20k, imagenet, options
+from models import create_model, load_weights
+from train import config as configuration
+from train import data, segmentation
+from train.device import autocast, join_ranks
+
+
+def main(argv):
+    parser = options.parser("run.py predict", "Draw what a model sees into images.")
+    parser.add_argument("--image", dest="images", nargs="+", default=[], metavar="IMAGE", help="photographs; may also follow the model")
+    parser.add_argument("--out", default="runs/predict", help="folder for the drawn images and the JSON files")
+    # The images come after the model, as in `predict swin_t --weights F a.jpg b.jpg`; argparse alone would take them for a mistake.
+    loose = [word for i, word in enumerate(argv[1:], 1) if not word.startswith("-") and Path(word).suffix.lower() in segmentation.IMAGES
+             and argv[i - 1] not in ("--out", "--weights", "--data")]
+    given = vars(parser.parse([word for word in argv if word not in loose]))
+    weights, images, out = given.pop("weights"), given.pop("images") + loose, Path(given.pop("out"))
+    images = [Path(image) for image in dict.fromkeys(images)]
+    if not images:
+        raise ValueError(f"predict needs images: files that end in {', '.join(segmentation.IMAGES)}, after the model and its options")
+    if not weights:
+        raise ValueError("predict needs --weights: an untrained model sees nothing")
+    stems = [image.stem for image in images]
+    same = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if same:
+        raise ValueError(f"several images are called {', '.join(same)}, and the results take their names; predict them one after the other")
+    config, classes = options.settle(given, weights)
+    segments = config.model.startswith("upernet")
+    if classes is None and config.data and segments:
+        classes = segmentation.class_names(config)
+    _, _, device = join_ranks(config.device)
+    config.num_classes = config.num_classes or (len(classes) if classes else segmentation.ADE20K_CLASSES if segments else 1000)
+    model = create_model(config.model, attn=config.attn, num_classes=config.num_classes, img_size=config.img_size,
+                         **configuration.model_overrides(config))
+    model = load_weights(model, weights).to(device).eval()
+    if classes is None:
+        classes = imagenet.WNIDS.read_text().split() if config.num_classes == 1000 else [str(i) for i in range(config.num_classes)]
+    out.mkdir(parents=True, exist_ok=True)
+    for path in images:
+        image = data.load_image(path)
+        drawn, found = (segmented if segments else classified)(model, image, classes, config, device)
+        drawn.save(out / f"{path.stem}.png")
+        (out / f"{path.stem}.json").write_text(json.dumps({"image": str(path), "model": config.model, **found}, indent=1) + "\n")
+        print(f"{path} -> {out / path.stem}.png, .json  {summary(found)}", flush=True)
+
+
+@torch.no_grad()
+def classified(model, image, classes, config, device):
+    """(image with the five likeliest classes written on it, {"top5": [{"class", "probability"}]})."""
+    with autocast(device, config.amp):
+        logits = model(data.validation_transform(config.img_size, config.crop_pct)(image)[None].to(device))
+    best = logits[0].float().softmax(0).topk(min(5, len(classes)))
+    found = [{"class": classes[i], "probability": round(p, 4)} for p, i in zip(best.values.tolist(), best.indices.tolist())]
+    lines = [(None, f"{entry['class']}  {100 * entry['probability']:.1f}%") for entry in found]
+    return with_legend(image, lines), {"top5": found}
+
+
+@torch.no_grad()
+def segmented(model, image, classes, config, device):
+    """(image under the colours of its classes, with a legend, {"classes": [{"class", "share" of the pixels}]}), the largest first."""
+    pixels = np.asarray(image)
+    views = segmentation.views(pixels, config.img_size, (1.0,), flip=False)
+    label_map = ade20k.predict(model, views, pixels.shape[:2], device, config.amp).argmax(0).cpu().numpy()
+    shares = np.bincount(label_map.flatten(), minlength=len(classes)) / label_map.size
+    present = [int(i) for i in np.argsort(-shares, kind="stable") if shares[i]]
+    palette = np.array([colour(i) for i in range(len(classes))])
+    drawn = Image.fromarray((0.45 * pixels + 0.55 * palette[label_map]).astype(np.uint8))
+    lines = [(colour(i), f"{classes[i]}  {100 * shares[i]:.1f}%") for i in present[:20]]
+    return with_legend(drawn, lines), {"classes": [{"class": classes[i], "share": round(float(shares[i]), 4)} for i in present]}
+
+
+def summary(found):
+    key, entries = next(iter(found.items()))
+    return ", ".join(f"{entry['class']} {100 * list(entry.values())[1]:.1f}%" for entry in entries[:3])
+
+
+def colour(i):
+    """A colour (r, g, b) for class i: hues a golden angle apart, so that neighbouring numbers differ most."""
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.9, 0.6)[i // 7 % 2], (1.0, 0.75)[i // 14 % 2]))
+
+
+def with_legend(image, lines):
+    """The image, at least 256 pixels wide, with a strip to its right: a text a line, after a square of its colour if it has one."""
+    if image.width < 256:
+        image = image.resize((256, round(256 * image.height / image.width)), Image.NEAREST)
+    font = ImageFont.load_default(14)
+    width = 36 + max(int(font.getlength(text)) for _, text in lines)
+    canvas = Image.new("RGB", (image.width + width, max(image.height, 20 * len(lines) + 8)), "white")
+    canvas.paste(image, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for i, (fill, text) in enumerate(lines):
+        top = 4 + 20 * i
+        if fill:
+            draw.rectangle((image.width + 8, top + 2, image.width + 22, top + 16), fill=fill, outline="black")
+        draw.text((image.width + (28 if fill else 8), top), text, fill="black", font=font)
+    return canvas

@@ -1,0 +1,103 @@
+"""UPerNet: semantic segmentation on Swin and ELSA-Swin.
+
+Sources: Xiao et al., "Unified Perceptual Parsing for Scene Understanding", arXiv 1807.10221; the published ELSA configurations (arXiv
+2112.12786, section 4, on mmsegmentation 0.11). Parameter names and shapes are the published ones, so that the weights load.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from models import swin
+
+CONFIGS = {f"upernet_{name}": config for name, config in swin.CONFIGS.items()}
+
+
+class ConvBNReLU(nn.Module):
+    def __init__(self, dim_in, dim_out, kernel_size):
+        super().__init__()
+        self.conv = nn.Conv2d(dim_in, dim_out, kernel_size, padding=kernel_size // 2, bias=False)
+        self.bn = nn.BatchNorm2d(dim_out)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class PyramidHead(nn.Module):
+    """Maps of four strides -> logits of the finest: pyramid pooling on the coarsest, then a feature pyramid, then all levels fused."""
+
+    def __init__(self, dims, channels, num_classes, dropout):
+        super().__init__()
+        self.psp_modules = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(size), ConvBNReLU(dims[-1], channels, 1)) for size in (1, 2, 3, 6))
+        self.bottleneck = ConvBNReLU(dims[-1] + 4 * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(ConvBNReLU(dim, channels, 1) for dim in dims[:-1])
+        self.fpn_convs = nn.ModuleList(ConvBNReLU(channels, channels, 3) for _ in dims[:-1])
+        self.fpn_bottleneck = ConvBNReLU(len(dims) * channels, channels, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, maps):
+        coarsest = maps[-1]
+        pooled = [resize(module(coarsest), coarsest.shape[2:]) for module in self.psp_modules]
+        top = self.bottleneck(torch.cat([coarsest, *pooled], 1))
+        levels = [top]  # coarsest first
+        for lateral, x in zip(reversed(self.lateral_convs), reversed(maps[:-1])):
+            levels.append(lateral(x) + resize(levels[-1], x.shape[2:]))
+        fine = [convolution(x) for convolution, x in zip(self.fpn_convs, reversed(levels[1:]))]  # finest first
+        fused = torch.cat([resize(x, fine[0].shape[2:]) for x in (*fine, top)], 1)
+        return self.conv_seg(self.dropout(self.fpn_bottleneck(fused)))
+
+
+class AuxiliaryHead(nn.Module):
+    """One more classifier of the third stage's pixels, for training alone."""
+
+    def __init__(self, dim, channels, num_classes, dropout):
+        super().__init__()
+        self.convs = nn.ModuleList([ConvBNReLU(dim, channels, 3)])
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(self, x):
+        return self.conv_seg(self.dropout(self.convs[0](x)))
+
+
+class UPerNet(nn.Module):
+    """Semantic segmentation: images (B, 3, H, W), any H and W -> logits (B, num_classes, H, W).
+
+    In training mode the logits are followed by those of the auxiliary head, of the same shape.
+
+    Args:
+        attn: of the backbone, "window" or "elsa".
+        num_classes: width of the logits.
+        channels, auxiliary_channels: width of the heads.
+        dropout: share of the channels dropped before the classifiers in training.
+        backbone: any other argument of models.swin.Swin, e.g. drop_path_rate=0.3.
+
+    Source of all defaults: the published configurations.
+    """
+    attentions = swin.Swin.attentions
+    backbone_class = swin.Swin
+
+    def __init__(self, attn="window", num_classes=150, channels=512, auxiliary_channels=256, dropout=0.1, **backbone):
+        super().__init__()
+        self.backbone = swin.Backbone(attn=attn, **backbone)
+        dims = self.backbone.dims
+        self.decode_head = PyramidHead(dims, channels, num_classes, dropout)
+        self.auxiliary_head = AuxiliaryHead(dims[-2], auxiliary_channels, num_classes, dropout)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d) and not name.startswith("backbone."):
+                if module.bias is None:
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                else:
+                    nn.init.normal_(module.weight, std=0.01)
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images):
+        maps = self.backbone(images)
+        logits = resize(self.decode_head(maps), images.shape[2:])
+        if not self.training:
+            return logits
+        return logits, resize(self.auxiliary_head(maps[-2]), images.shape[2:])
+
+
+def resize(x, size):
+    return F.interpolate(x, tuple(size), mode="bilinear")

@@ -1,0 +1,248 @@
+"""The task of semantic segmentation: ADE20K's folders, or rendered scenes, and what is minimised.
+
+Augmentation and loss are those of the published configurations (mmsegmentation 0.11's for ADE20K).
+"""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import Dataset, Subset
+from torchvision.transforms.v2 import functional as TF
+
+from eval import ade20k
+from eval.ade20k import evaluate  # noqa: F401  the loop and the command must count alike
+from train import scenes
+from train.data import HELD_OUT_SCENES, MEAN, SCENES, STD, load_image, with_generator
+from train.device import autocast
+
+METRICS = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}  # the first chooses the best epoch
+IGNORED = 255
+ADE20K_CLASSES = 150
+SCENE_OBJECTS = 3  # at most, in a scene
+IMAGES = (".jpg", ".jpeg", ".png")
+
+
+def loss(run, batch, rng):
+    """Cross-entropy of the logits plus auxiliary_weight times that of the auxiliary ones: a scalar."""
+    images, labels = batch
+    with autocast(run.device, run.config.amp):
+        logits, auxiliary = run.runner(images)
+    return pixel_cross_entropy(logits, labels) + run.config.auxiliary_weight * pixel_cross_entropy(auxiliary, labels)
+
+
+def pixel_cross_entropy(logits, labels):
+    """logits (B, C, H, W), labels (B, H, W) int64. As published the mean is over all pixels: ignored ones count, with a loss of 0."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
+
+
+def datasets(config):
+    """(training Dataset with keys (epoch, index), validation Dataset, names of the classes) of a Config."""
+    if config.data is None:
+        return (SegmentationScenes(config.limit or SCENES, config.img_size, config.seed),
+                validation_set(config, SegmentationScenes.classes), SegmentationScenes.classes)
+    classes = class_names(config)
+    return AugmentedMaps(folder(config, "training", classes, config.limit), config), validation_set(config, classes), classes
+
+
+def validation_loader(dataset, batch_size, rank, world, workers):
+    """One photograph at a time, whatever the batch size: their sizes differ."""
+    return ade20k.loader(dataset, rank, world, workers)
+
+
+def validation_set(config, classes, ratios=(1.0,), flip=False):
+    """Dataset of (views, label map) for eval.ade20k.predict, at the published size: the short side img_size, the long at most 4 times that."""
+    if config.data is None:
+        return SegmentationScenes(config.val_limit or HELD_OUT_SCENES, config.img_size, config.seed, held_out=True)
+    return Views(folder(config, "validation", classes, config.val_limit), config.img_size, ratios, flip)
+
+
+class SegmentationScenes(Dataset):
+    """Rendered scenes with their label maps; background is a class. Keys: (epoch, index) for training, index for the held-out ones.
+
+    Training: (image (3, size, size) float32, labels (size, size) int64). Held out: as Views.
+    """
+    classes = ["background", *scenes.CLASSES]
+
+    def __init__(self, length, size, seed, held_out=False):
+        self.length, self.size, self.seed, self.held_out = length, size, seed, held_out
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, key):
+        epoch, index = (0, key) if self.held_out else key
+        scene = scenes.draw(self.held_out * scenes.HELD_OUT + epoch * self.length + index, self.seed, self.size, SCENE_OBJECTS)
+        image, labels = to_tensor(scene.image), torch.from_numpy(scene.label_map.astype(np.int64))
+        return ([(image, False)], labels, f"scene{index}") if self.held_out else (image, labels)
+
+
+class Folder(Dataset):
+    """ADE20K's layout: DIR/images/SPLIT/x.jpg beside DIR/annotations/SPLIT/x.png, where 0 is unlabelled and 1 is the first class.
+
+    Items: (RGB image (H, W, 3) uint8, labels (H, W) uint8 with 255 where they are ignored, name).
+    """
+
+    def __init__(self, data, split, classes):
+        images, annotations = Path(data) / "images" / split, Path(data) / "annotations" / split
+        for path in (images, annotations):
+            if not path.is_dir():
+                raise FileNotFoundError(f"--data {data}: no folder {path}; expected ADE20K's layout, images/ and annotations/, each with "
+                                        "training/ and validation/")
+        self.files = [(path, annotations / f"{path.stem}.png") for path in sorted(images.iterdir()) if path.suffix.lower() in IMAGES]
+        if not self.files:
+            raise FileNotFoundError(f"--data {data}: no {', '.join(IMAGES)} in {images}")
+        missing = [str(label) for _, label in self.files if not label.exists()]
+        if missing:
+            raise FileNotFoundError(f"--data {data}: {len(missing)} images have no label map; missing are {', '.join(missing[:5])}")
+        self.classes = classes
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        image, label = self.files[index]
+        pixels, labels = np.asarray(load_image(image)), label_map(label)
+        if labels.shape != pixels.shape[:2]:
+            raise ValueError(f"{label} is {labels.shape}; expected one channel of the image's size, {pixels.shape[:2]}")
+        if labels.max(initial=0) > len(self.classes):
+            raise ValueError(f"{label} has label {labels.max()}; expected 0, unlabelled, to {len(self.classes)}. Other classes need a names "
+                             "file, classes.json or classes.txt, in the folder of the data")
+        return pixels, labels.astype(np.uint8) - np.uint8(1), image.stem  # 0 wraps around to 255
+
+
+def label_map(path):
+    """The numbers in a PNG, whether of a palette or grey values."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image)
+    except Exception as error:  # Pillow raises whatever its decoders do
+        raise ValueError(f"{path} cannot be read as a label map ({error}); replace or delete the file") from error
+
+
+def folder(config, split, classes, limit):
+    files = Folder(config.data, split, classes)
+    return files if limit is None or limit >= len(files) else Subset(files, range(limit))
+
+
+def class_names(config):
+    """Names of the classes, in order of their labels: DIR/classes.json (a list), DIR/classes.txt (one a line), or ADE20K's own file.
+
+    Without any there are num_classes, else ADE20K's 150, called by their numbers.
+    """
+    root = Path(config.data)
+    if not root.is_dir():
+        raise FileNotFoundError(f"--data {config.data}: no such folder; expected one with images/ and annotations/")
+    if (root / "classes.json").exists():
+        names = json.loads((root / "classes.json").read_text())
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{root / 'classes.json'} holds {type(names).__name__}; expected a list of names")
+    elif (root / "classes.txt").exists():
+        names = [line.strip() for line in (root / "classes.txt").read_text().splitlines() if line.strip()]
+    elif (root / "objectInfo150.txt").exists():  # tab-separated, a title, the name last
+        names = [line.split("\t")[-1].strip() for line in (root / "objectInfo150.txt").read_text().splitlines()[1:]]
+    else:
+        names = [str(number) for number in range(1, (config.num_classes or ADE20K_CLASSES) + 1)]
+    if not 0 < len(names) < IGNORED:
+        raise ValueError(f"{root} names {len(names)} classes; expected 1 to {IGNORED - 1}, as many as fit beside 'unlabelled' into a PNG")
+    return names
+
+
+class AugmentedMaps(Dataset):
+    """Photographs and label maps for training, with keys (epoch, index): ((3, size, size) float32, (size, size) int64)."""
+
+    def __init__(self, files, config):
+        self.files, self.config = files, config
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        pixels, labels, _ = self.files[index]
+        return with_generator((self.config.seed, epoch, index), augment, pixels, labels, self.config)
+
+
+def augment(pixels, labels, config):
+    """Resize by a random ratio, crop, flip, distort colours, pad -> (image (3, size, size) float32, labels (size, size) int64)."""
+    size = config.img_size
+    low, high = config.resize
+    ratio = low + (high - low) * float(torch.rand(()))
+    H, W = fitted(*labels.shape, size * ratio, 4 * size * ratio)
+    image = TF.resize(Image.fromarray(pixels), [H, W])
+    labels = F.interpolate(torch.from_numpy(labels)[None, None], (H, W), mode="nearest")[0, 0]
+    for _ in range(10):  # a crop nearly all of one class teaches little
+        top, left = int(torch.randint(max(1, H - size + 1), ())), int(torch.randint(max(1, W - size + 1), ()))
+        crop = labels[top:top + size, left:left + size]
+        counts = torch.bincount(crop.flatten(), minlength=256)[:IGNORED]
+        if (counts > 0).sum() > 1 and counts.max() < 0.75 * counts.sum():
+            break
+    image = TF.crop(image, top, left, *crop.shape)
+    if torch.rand(()) < config.flip:
+        image, crop = TF.horizontal_flip(image), crop.flip(1)
+    image = to_tensor(np.asarray(distort(image)))
+    padding = (0, size - crop.shape[1], 0, size - crop.shape[0])
+    return F.pad(image, padding), F.pad(crop, padding, value=IGNORED).long()
+
+
+def distort(image):
+    """Brightness, contrast before or after saturation and hue, each with probability 0.5; ranges as published."""
+    def drawn(low, high):
+        return low + (high - low) * float(torch.rand(())) if torch.rand(()) < 0.5 else None
+
+    brightness, contrast, early = drawn(-32, 32), drawn(0.5, 1.5), torch.rand(()) < 0.5
+    saturation, hue = drawn(0.5, 1.5), drawn(-0.1, 0.1)
+    if brightness is not None:
+        image = image.point([min(255, max(0, round(value + brightness))) for value in range(256)] * 3)
+    if contrast is not None and early:
+        image = _scaled(image, contrast)
+    if saturation is not None:
+        image = TF.adjust_saturation(image, saturation)
+    if hue is not None:
+        image = TF.adjust_hue(image, hue)
+    return _scaled(image, contrast) if contrast is not None and not early else image
+
+
+def _scaled(image, factor):  # as published: about black, not about the mean
+    return image.point([min(255, round(value * factor)) for value in range(256)] * 3)
+
+
+class Views(Dataset):
+    """What is shown to a segmenter: ([(image (3, h, w) float32, whether mirrored), ...], labels (H, W) int64, name) of each photograph."""
+
+    def __init__(self, files, size, ratios, flip):
+        self.files, self.size, self.ratios, self.flip = files, size, ratios, flip
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        pixels, labels, name = self.files[index]
+        return views(pixels, self.size, self.ratios, self.flip), torch.from_numpy(labels.astype(np.int64)), name
+
+
+def views(pixels, size, ratios, flip):
+    """[(image (3, h, w) float32, whether mirrored), ...] of a photograph (H, W, 3) uint8, each ratio plain, then mirrored if `flip`."""
+    image = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32))[None]
+    shown = []
+    for ratio in ratios:
+        shape = fitted(*pixels.shape[:2], size * ratio, 4 * size * ratio)
+        # Bilinear without low-pass filter and rounded to whole numbers, as the published pipeline's OpenCV has it.
+        resized = F.interpolate(image, shape, mode="bilinear")[0].round().permute(1, 2, 0).numpy()
+        view = to_tensor(resized)
+        shown += [(view, False), (view.flip(2), True)] if flip else [(view, False)]
+    return shown
+
+
+def fitted(H, W, short, long):
+    """(h, w), of the same shape as (H, W), as large as a short side of `short` and a long side of `long` allow."""
+    factor = min(int(long) / max(H, W), int(short) / min(H, W))
+    return max(1, math.floor(H * factor + 0.5)), max(1, math.floor(W * factor + 0.5))
+
+
+def to_tensor(pixels):
+    """(H, W, 3), 0 to 255 -> (3, H, W) float32, normalised."""
+    return torch.from_numpy(((pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1).astype(np.float32)).contiguous()
