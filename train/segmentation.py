@@ -22,7 +22,7 @@ from train.device import autocast
 METRICS = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}  # the first chooses the best epoch
 IGNORED = 255
 ADE20K_CLASSES = 150
-SCENE_OBJECTS = 3  # at most, in a scene
+SCENE_OBJECTS = 2  # at most, in a scene
 IMAGES = (".jpg", ".jpeg", ".png")
 
 
