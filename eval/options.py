@@ -9,10 +9,14 @@ TRAINED = ("attn", "img_size", "crop_pct", "num_classes", "patch_size", "window_
 OPTIONS = TRAINED + ("data", "val_limit", "batch_size", "device", "amp", "workers")
 
 
-def parser(prog, description):
-    """With the options that every evaluation has: the model, its weights and OPTIONS."""
+def parser(prog, description, images=False):
+    """With the options that every evaluation has: the model, its weights and OPTIONS; or, with `images`, words: a model and files."""
     parser = configuration.Parser(prog=prog, description=description)
-    parser.add_argument("model", nargs="?", default=None, help="architecture; default: the one in the checkpoint, else swin_t")
+    of_model = "architecture; default: the one in the checkpoint, else swin_t"
+    if images:
+        parser.add_argument("words", nargs="*", metavar="[MODEL] IMAGE", help=f"photographs, after the {of_model}")
+    else:
+        parser.add_argument("model", nargs="?", default=None, help=of_model)
     parser.add_argument("--weights", help="checkpoint of this project or published weights; default: none, an untrained model")
     parser.add_keys(OPTIONS)
     return parser

@@ -15,17 +15,14 @@ from train.device import autocast, join_ranks
 
 
 def main(argv):
-    parser = options.parser("run.py predict", "Draw what a model sees into images.")
-    parser.add_argument("--image", dest="images", nargs="+", default=[], metavar="IMAGE", help="photographs; may also follow the model")
+    parser = options.parser("run.py predict", "Draw what a model sees into images.", images=True)
     parser.add_argument("--out", default="runs/predict", help="folder for the drawn images and the JSON files")
-    # The images come after the model, as in `predict swin_t --weights F a.jpg b.jpg`; argparse alone would take them for a mistake.
-    loose = [word for i, word in enumerate(argv[1:], 1) if not word.startswith("-") and Path(word).suffix.lower() in segmentation.IMAGES
-             and argv[i - 1] not in ("--out", "--weights", "--data")]
-    given = vars(parser.parse([word for word in argv if word not in loose]))
-    weights, images, out = given.pop("weights"), given.pop("images") + loose, Path(given.pop("out"))
-    images = [Path(image) for image in dict.fromkeys(images)]
+    given = vars(parser.parse(argv))
+    weights, words, out = given.pop("weights"), given.pop("words"), Path(given.pop("out"))
+    given["model"] = words.pop(0) if words and not Path(words[0]).suffix else None
+    images = [Path(word) for word in dict.fromkeys(words)]
     if not images:
-        raise ValueError(f"predict needs images: files that end in {', '.join(segmentation.IMAGES)}, after the model and its options")
+        raise ValueError("predict needs images: name their files, after the model if you name one")
     if not weights:
         raise ValueError("predict needs --weights: an untrained model sees nothing")
     stems = [image.stem for image in images]

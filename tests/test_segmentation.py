@@ -199,7 +199,7 @@ class Colours(torch.nn.Module):
 def test_multi_scale_and_flip_of_one_colour_are_that_colour():
     views = segmentation.views(np.full((37, 53, 3), (10, 200, 30), np.uint8), 32, ade20k.RATIOS, flip=True)
     assert len(views) == 12 and [mirrored for _, mirrored in views] == [False, True] * 6
-    assert views[0][0].shape == (3, 16, 23) and views[-1][0].shape == (3, 48, 69)
+    assert views[0][0].shape == (3, 16, 23) and views[-1][0].shape == (3, 56, 80)
     probabilities = ade20k.predict(Colours(), views, (37, 53))
     assert probabilities.shape == (3, 37, 53) and (probabilities.argmax(0) == 1).all()
     assert torch.allclose(probabilities.sum(0), torch.ones(37, 53))

@@ -14,7 +14,8 @@ from PIL import Image
 from models import create_model
 from train import data, scenes
 from train.config import Config, cast, parse_train, read_recipe, resolve
-from train.loop import decay_groups, learning_rate, mixed_cross_entropy, train
+from train.losses import mixed_cross_entropy
+from train.loop import decay_groups, learning_rate, train
 from train.run_folder import save_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -313,18 +314,18 @@ def test_resumed_run_ends_bit_identical(tmp_path, monkeypatch, attn):
                    accumulate=2)
     train(tiny(out=str(tmp_path / "whole"), **options))
 
-    from train import loop
-    finished, evaluate = [], loop.evaluate
+    from train import classification
+    finished, evaluate = [], classification.evaluate
 
     def power_cut(*arguments):
         finished.append(1)
         if len(finished) == 2:
             raise RuntimeError("power cut")
         return evaluate(*arguments)
-    monkeypatch.setattr(loop, "evaluate", power_cut)
+    monkeypatch.setattr(classification, "evaluate", power_cut)
     with pytest.raises(RuntimeError, match="power cut"):
         train(tiny(out=str(tmp_path / "cut"), **options))
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(classification, "evaluate", evaluate)
     train(tiny(out=str(tmp_path / "cut"), **options), resume=True)
 
     whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
@@ -354,13 +355,13 @@ def test_accumulation_changes_losses_by_rounding_alone(tmp_path):
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_epoch(tmp_path, monkeypatch):
-    from train import loop
+    from train import classification
     calls = []
 
     def loss(*arguments):
         calls.append(1)
         return mixed_cross_entropy(*arguments) * (math.nan if len(calls) == 5 else 1)
-    monkeypatch.setattr(loop, "mixed_cross_entropy", loss)
+    monkeypatch.setattr(classification, "mixed_cross_entropy", loss)
     with pytest.raises(FloatingPointError, match=r"step 4 \(epoch 2.*is nan.*last losses: \d.*nan"):
         train(tiny(out=str(tmp_path / "run")))
     assert checkpoint(tmp_path / "run")["epoch"] == 1

@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv):
         argv = [re.sub(r"^--[^=]*", lambda option: option[0].replace("_", "-"), word) for word in argv]
-        known, unknown = self.parse_known_args(argv)
+        known, unknown = self.parse_known_intermixed_args(argv)
         for word in unknown:
             if word.startswith("-"):
                 option = word.split("=")[0]
