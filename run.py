@@ -4,6 +4,7 @@
     python run.py train swin_t --attn elsa --data DIR               DIR/train and DIR/val, ImageNet recipe of the paper
     python run.py train volo_d1 --attn elsa                         another architecture
     python run.py train upernet_swin_t --attn elsa                  semantic segmentation; --data DIR takes ADE20K's folders
+    python run.py train mask_rcnn_swin_t --attn elsa                detection and masks; --data DIR takes COCO's folders
     torchrun --nproc-per-node 8 run.py train swin_t --attn elsa --data DIR
     python run.py train swin_t --attn elsa --resume                 continue the newest run of this name
     python run.py eval swin_t --attn elsa --weights FILE --data DIR
@@ -26,18 +27,22 @@ def train(argv):
 
 
 def evaluate(argv):
-    from eval import ade20k, imagenet, options
-    parser = options.parser("run.py eval", "Evaluate a classifier or a segmenter.")
+    from eval import ade20k, coco, imagenet, options
+    parser = options.parser("run.py eval", "Evaluate a classifier, a segmenter or a detector.")
     parser.add_argument("--multi-scale", action="store_true", help="segmenters: mean over six scales, each mirrored too")
-    parser.add_argument("--dump", metavar="DIR", help="segmenters: write predictions as PNGs, where 1 is the first class")
+    parser.add_argument("--dump", metavar="PATH", help="segmenters: folder for the predictions, PNGs where 1 is the first class; detectors: file "
+                                                       "for the detections, COCO's results JSON")
     given = vars(parser.parse(argv))
     weights, multi_scale, dump = (given.pop(name) for name in ("weights", "multi_scale", "dump"))
     config, classes = options.settle(given, weights)
-    if config.model.startswith("upernet"):
+    kind = options.kind(config.model)
+    if multi_scale and kind != "segmenter":
+        raise ValueError(f"--multi-scale is for segmenters; {config.model} is a {kind}")
+    if dump and kind == "classifier":
+        raise ValueError(f"--dump is for segmenters and detectors; {config.model} is a classifier")
+    if kind == "segmenter":
         return ade20k.run(config, weights, classes, multi_scale, dump)
-    if multi_scale or dump:
-        raise ValueError(f"--multi-scale and --dump are for segmenters; {config.model} is a classifier")
-    return imagenet.run(config, weights, classes)
+    return coco.run(config, weights, classes, dump) if kind == "detector" else imagenet.run(config, weights, classes)
 
 
 def predict(argv):

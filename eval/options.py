@@ -19,7 +19,13 @@ def parser(prog, description, images=False):
         parser.add_argument("model", nargs="?", default=None, help=of_model)
     parser.add_argument("--weights", help="checkpoint of this project or published weights; default: none, an untrained model")
     parser.add_keys(OPTIONS)
+    parser.add_argument("--limit", dest="val_limit", default=argparse.SUPPRESS, metavar="VAL_LIMIT", help="the same as --val-limit")
     return parser
+
+
+def kind(model):
+    """"classifier", "segmenter" or "detector"."""
+    return {"upernet": "segmenter", "mask": "detector", "cascade": "detector"}.get(model.split("_")[0], "classifier")
 
 
 def settle(options, weights):

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from eval import ade20k, imagenet, options
+from eval import ade20k, coco, imagenet, options
 from models import create_model, load_weights
 from train import config as configuration
-from train import data, segmentation
+from train import data, detection, segmentation
 from train.device import autocast, join_ranks
+
+DRAWN = 0.3  # score from which on a detection is drawn
 
 
 def main(argv):
@@ -30,20 +32,23 @@ def main(argv):
     if same:
         raise ValueError(f"several images are called {', '.join(same)}, and the results take their names; predict them one after the other")
     config, classes = options.settle(given, weights)
-    segments = config.model.startswith("upernet")
-    if classes is None and config.data and segments:
-        classes = segmentation.class_names(config)
+    see, own = {"classifier": (classified, imagenet.WNIDS), "segmenter": (segmented, None), "detector": (detected, coco.CLASSES)}[
+        options.kind(config.model)]
+    if classes is None and config.data and see is not classified:
+        classes = segmentation.class_names(config) if see is segmented else detection.validation_set(config)[1]
     _, _, device = join_ranks(config.device)
-    config.num_classes = config.num_classes or (len(classes) if classes else segmentation.ADE20K_CLASSES if segments else 1000)
+    config.num_classes = config.num_classes or (len(classes) if classes else None)
     model = create_model(config.model, attn=config.attn, num_classes=config.num_classes, img_size=config.img_size,
                          **configuration.model_overrides(config))
     model = load_weights(model, weights).to(device).eval()
-    if classes is None:
-        classes = imagenet.WNIDS.read_text().split() if config.num_classes == 1000 else [str(i) for i in range(config.num_classes)]
+    if classes is None:  # of published weights
+        width = config.num_classes or {classified: 1000, segmented: segmentation.ADE20K_CLASSES, detected: 80}[see]
+        names = own.read_text().splitlines() if own else []
+        classes = names if len(names) == width else [str(i) for i in range(width)]
     out.mkdir(parents=True, exist_ok=True)
     for path in images:
         image = data.load_image(path)
-        drawn, found = (segmented if segments else classified)(model, image, classes, config, device)
+        drawn, found = see(model, image, classes, config, device)
         drawn.save(out / f"{path.stem}.png")
         (out / f"{path.stem}.json").write_text(json.dumps({"image": str(path), "model": config.model, **found}, indent=1) + "\n")
         print(f"{path} -> {out / path.stem}.png, .json  {summary(found)}", flush=True)
@@ -72,6 +77,39 @@ def segmented(model, image, classes, config, device):
     drawn = Image.fromarray((0.45 * pixels + 0.55 * palette[label_map]).astype(np.uint8))
     lines = [(colour(i), f"{classes[i]}  {100 * shares[i]:.1f}%") for i in present[:20]]
     return with_legend(drawn, lines), {"classes": [{"class": classes[i], "share": round(float(shares[i]), 4)} for i in present]}
+
+
+@torch.no_grad()
+def detected(model, image, classes, config, device):
+    """(image with the masks, boxes and names of what scores above DRAWN, {"objects": [{"class", "score", "box", "segmentation"}]}), best first.
+
+    box: x0, y0, x1, y1 in pixels. segmentation: COCO's run-length code. The JSON has all detections, down to a score of 0.05.
+    """
+    pixels = np.asarray(image)
+    shown, size = detection.shown(pixels, config.img_size)
+    with autocast(device, config.amp):
+        found = model(shown[None].to(device), [size], [pixels.shape[:2]])[0]
+    entries = [{"class": classes[entry["category_id"]], "score": round(entry["score"], 4),
+                "box": [round(side, 2) for side in (x, y, x + w, y + h)],
+                "segmentation": {**entry["segmentation"], "counts": entry["segmentation"]["counts"].decode()}}
+               for entry in coco.results(found, 0) for x, y, w, h in [entry["bbox"]]]
+    drawn = [i for i, entry in enumerate(entries) if entry["score"] > DRAWN]
+    painted = pixels.astype(np.float32)
+    for i in reversed(drawn):  # the best on top
+        mask = found["masks"][i].cpu().numpy()
+        painted[mask] = 0.5 * painted[mask] + 0.5 * np.array(colour(i))
+    canvas = Image.fromarray(painted.astype(np.uint8))
+    scale = max(1, -(-256 // canvas.width))
+    canvas = canvas.resize((canvas.width * scale, canvas.height * scale), Image.NEAREST)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+    for i in reversed(drawn):
+        x0, y0, x1, y1 = (scale * side for side in entries[i]["box"])
+        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour(i), width=2)
+        text = f"{entries[i]['class']} {100 * entries[i]['score']:.0f}%"
+        left, top = max(0, min(x0, canvas.width - font.getlength(text) - 4)), max(0, y0 - 18)
+        draw.rectangle((left, top, left + font.getlength(text) + 4, top + 18), fill=colour(i))
+        draw.text((left + 2, top), text, fill="black", font=font)
+    return canvas, {"objects": entries}
 
 
 def summary(found):

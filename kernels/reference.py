@@ -2,7 +2,6 @@
 
 Source: Zhou et al., "ELSA: Enhanced Local Self-Attention for Vision Transformer", arXiv 2112.12786, sections 3.2 and 3.3.
 """
-import torch
 import torch.nn.functional as F
 
 

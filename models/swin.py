@@ -220,14 +220,24 @@ class Swin(nn.Module):
 class Backbone(Swin):
     """The maps of all stages for detectors and segmenters, each through a layer norm of its own.
 
-    Arguments as Swin, without a classifier. Shapes: images (B, 3, H, W) -> four (B, C_i, H_i, W_i), strides 4, 8, 16, 32.
+    Arguments as Swin, without a classifier. frozen_stages: the patch embedding and so many stages after it are not trained; 0: all
+    are. Shapes: images (B, 3, H, W) -> four (B, C_i, H_i, W_i), strides 4, 8, 16, 32.
     """
 
-    def __init__(self, **options):
+    def __init__(self, frozen_stages=0, **options):
         super().__init__(num_classes=0, always_shift=True, **options)
         del self.norm, self.head
+        self.frozen = [self.patch_embed, *self.layers[:frozen_stages]] if frozen_stages else []
+        for module in self.frozen:
+            module.requires_grad_(False)
         for i, dim in enumerate(self.dims):
             self.add_module(f"norm{i}", nn.LayerNorm(dim))
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.frozen:  # their stochastic depth, too
+            module.eval()
+        return self
 
     def forward(self, images):
         maps = self.forward_features(images)

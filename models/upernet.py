@@ -70,12 +70,12 @@ class UPerNet(nn.Module):
         num_classes: width of the logits.
         channels, auxiliary_channels: width of the heads.
         dropout: share of the channels dropped before the classifiers in training.
-        backbone: any other argument of models.swin.Swin, e.g. drop_path_rate=0.3.
+        backbone: any other argument of models.swin.Backbone, e.g. drop_path_rate=0.3.
 
     Source of all defaults: the published configurations.
     """
     attentions = swin.Swin.attentions
-    backbone_class = swin.Swin
+    backbone_class = swin.Backbone
 
     def __init__(self, attn="window", num_classes=150, channels=512, auxiliary_channels=256, dropout=0.1, **backbone):
         super().__init__()

@@ -8,7 +8,7 @@ from models.volo import interpolate_pos_embed
 
 # What holds the weights inside a checkpoint file, the moving average first: it is what the published numbers were measured with.
 ENTRIES = ("ema", "state_dict_ema", "model", "state_dict")
-CLASSIFIERS = ("head.", "aux_head.", "decode_head.conv_seg.", "auxiliary_head.conv_seg.")
+CLASSIFIER = re.compile(r"(head|aux_head|(decode|auxiliary)_head\.conv_seg|roi_head\.(bbox_head(\.\d)?\.fc_(cls|reg)|mask_head(\.\d)?\.conv_logits))\.")
 BUFFERS = ("relative_position_index", "relative_id", "attn_mask")  # computed from the shapes, never learnt
 
 
@@ -20,8 +20,9 @@ def load_weights(model, source, classifier=True):
         source: a file written by torch.save, or what such a file contains. Either a state dict or a checkpoint holding one as
             "ema", "state_dict_ema", "model" or "state_dict": the first of these that is there and not None, so a moving average
             goes before the weights it averages. Known by their keys are our own, the published ELSA-Swin, Microsoft's Swin,
-            timm's Swin, VOLO, sail-sg's or timm's, and the published ELSA and Swin segmenters. A position embedding of another grid
-            is interpolated, as published. A segmenter takes a classifier's file, too: for its backbone, its heads stay as they are.
+            timm's Swin, VOLO, sail-sg's or timm's, and the published ELSA and Swin segmenters and detectors. A position embedding of
+            another grid is interpolated, as published. Segmenters and detectors take a classifier's file, too: for the backbone, their
+            heads stay as they are.
         classifier: False leaves the classifier as it is, for fine-tuning on other classes.
 
     Raises:
@@ -34,11 +35,11 @@ def load_weights(model, source, classifier=True):
     expected = model.state_dict()
     whole = classifier
     if hasattr(model, "backbone") and not any(key.startswith("backbone.") for key in state):  # a classifier's file, for the backbone
-        state = {f"backbone.{key}": value for key, value in state.items() if not key.startswith((*CLASSIFIERS, "norm."))}
+        state = {f"backbone.{key}": value for key, value in state.items() if not CLASSIFIER.match(key) and not key.startswith("norm.")}
         expected = {key: value for key, value in expected.items() if re.match(r"backbone\.(?!norm\d)", key)}
         whole = False
     if not classifier:
-        expected, state = ({key: value for key, value in entries.items() if not key.startswith(CLASSIFIERS)} for entries in (expected, state))
+        expected, state = ({key: value for key, value in entries.items() if not CLASSIFIER.match(key)} for entries in (expected, state))
     if "pos_embed" in expected and "pos_embed" in state and state["pos_embed"].ndim == 4:
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], *expected["pos_embed"].shape[1:3])
     problems = [f"missing: {key} {tuple(value.shape)}" for key, value in expected.items() if key not in state]

@@ -2,11 +2,17 @@
 import functools
 import json
 import pathlib
+import re
 import zlib
 
 import numpy as np
 import torch
 
+# Of detectors: the first pattern in a key is what its weights were multiplied by, so that detections of every size remain.
+GAINS = [(r"neck\.fpn_convs\.[01]\.", 0.35), (r"neck\.fpn_convs\.3\.", 2.5), (r"rpn_head\.rpn_conv\.", 1.5), (r"rpn_head\.rpn_reg\.", 0.6),
+         (r"roi_head\.bbox_head\..*shared_(fcs|convs)\.", 1.5), (r"roi_head\.bbox_head\..*fc_cls\.", 3.0),
+         (r"roi_head\.mask_head\..*convs\.", 1.5), (r"roi_head\.mask_head\..*upsample\.", 2.0),
+         (r"roi_head\.mask_head\..*conv_logits\.", 2.0)]
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
@@ -33,8 +39,10 @@ def published_state(name):
         elif key.endswith((".rb", "relative_position_bias_table", "pos_embed", "cls_token")):
             a = 0.1 * a
         elif a.ndim >= 2:
-            a = a / np.sqrt(np.prod(shape[1:]))
+            a = a * np.float32(next((gain for pattern, gain in GAINS if re.search(pattern, key)), 1.0) / np.sqrt(np.prod(shape[1:])))
         else:
             a = 1 + 0.1 * a if key.endswith(".weight") else 0.1 * a
+        if key.endswith("fc_cls.bias"):
+            a[-1] += 7.5  # of the background
         state[key] = torch.tensor(a, dtype=torch.float32)
     return state

@@ -33,7 +33,7 @@ class Config:
     val_limit: int | None = key(None, "use only this many validation images, equally many of each class")
 
     # Architecture; null leaves the choice to the model
-    img_size: int = key(224, "side of the images in pixels; segmentation: of the crops, and short side when evaluating")
+    img_size: int = key(224, "side of the images in pixels; segmentation: of the crops, and short side when evaluating; detection: short side")
     num_classes: int | None = key(None, "classes; null: as many as the data has")
     patch_size: int | None = key(None, "pixels along the side of a patch")
     window_size: int | None = key(None, "side of an attention window in patches")
@@ -48,7 +48,8 @@ class Config:
     lr: float = key(1e-3, "peak learning rate")
     warmup_lr: float = key(1e-6, "learning rate of the first step")
     min_lr: float = key(1e-5, "learning rate at the end")
-    schedule: str = key("cosine", "of the learning rate after the warm-up: cosine, or linear, which falls from the first step on")
+    schedule: str = key("cosine", "of the learning rate after the warm-up: cosine; linear, which falls from the first step on; or steps")
+    milestones: tuple = key((8.0, 11.0), "schedule steps: epochs after which the learning rate is divided by ten")
     warmup_epochs: float = key(20.0, "epochs of linear warm-up; a cosine runs from its end to the last step")
     weight_decay: float = key(0.05, "decay of AdamW; norms, biases and relative position biases are not decayed")
     betas: tuple = key((0.9, 0.999), "momenta of AdamW")
@@ -57,7 +58,8 @@ class Config:
 
     # Augmentation and regularisation
     scale: tuple = key((0.08, 1.0), "share of the image's area that a random crop keeps, from and to; 1,1: whole image, resized")
-    resize: tuple = key((0.5, 2.0), "segmentation: ratio to img_size by which the photograph is resized before it is cropped, from and to")
+    resize: tuple = key((0.5, 2.0), "segmentation, detection: ratio to img_size by which the photograph is resized, from and to")
+    crop: float = key(0.5, "detection: probability that the photograph is cropped before it is resized")
     flip: float = key(0.5, "probability of a horizontal flip")
     randaugment: float = key(0.0, "mean magnitude of RandAugment, 0 to 10; 0: off")
     randaugment_std: float = key(0.5, "standard deviation of that magnitude")
@@ -119,7 +121,7 @@ def parse_train(argv):
 
     resume: None, True (the newest run of this name) or a path. notes: lines to print about choices that were made.
     """
-    parser = Parser(prog="run.py train", description="Train a classifier or a segmenter.")
+    parser = Parser(prog="run.py train", description="Train a classifier, a segmenter or a detector.")
     parser.add_argument("model", nargs="?", default="swin_t", help=KEYS["model"].metadata["help"])
     parser.add_argument("--recipe", default=None, help="YAML file of keys; default: train/recipes/<model>.yaml, without --data scenes_<family>.yaml")
     parser.add_argument("--resume", nargs="?", const=True, default=None, metavar="RUN",
@@ -231,7 +233,7 @@ def check(config):
                  "auxiliary_weight",
                  "randaugment_std"):
         expect(getattr(config, name) >= 0, name, "0 or more")
-    for name in ("flip", "erasing", "label_smoothing"):
+    for name in ("flip", "crop", "erasing", "label_smoothing"):
         expect(0 <= getattr(config, name) <= 1, name, "0 to 1")
     expect(0 <= config.ema < 1, "ema", "0 (none) to below 1")
     expect(0 <= config.randaugment <= 10, "randaugment", "0 (off) to 10")
@@ -241,7 +243,8 @@ def check(config):
     expect(not config.token_labels or config.data, "token_labels", "null without --data: they belong to photographs")
     expect(config.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
     expect(0 < config.resize[0] <= config.resize[1], "resize", "two rising ratios, as 0.5,2")
-    expect(config.schedule in ("cosine", "linear"), "schedule", "cosine or linear")
+    expect(config.schedule in ("cosine", "linear", "steps"), "schedule", "cosine, linear or steps")
+    expect(0 < config.milestones[0] <= config.milestones[1], "milestones", "two rising epochs, as 8,11")
     expect(config.amp in ("auto", "bf16", "fp16", "none"), "amp", "auto, bf16, fp16 or none")
     expect(config.workers is None or config.workers >= 0, "workers", "0 or more")
 

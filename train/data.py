@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
@@ -87,23 +88,39 @@ class Scenes(Dataset):
 class ShareSampler:
     """Keys (epoch, index) of one rank: step s takes images s * batch_size on of the epoch's permutation, each rank its share of them.
 
-    Yields one list per backward pass. The images left over at the end of an epoch are not used in it.
+    Yields one list per backward pass. The images left over at the end of an epoch are not used in it. groups: a number for each image;
+    what a rank takes in one pass is then of one group, except for a few remainders at the end.
     """
 
-    def __init__(self, length, batch_size, accumulate, seed, rank, world):
+    def __init__(self, length, batch_size, accumulate, seed, rank, world, groups=None):
         self.length, self.batch_size, self.accumulate, self.seed, self.rank, self.world = length, batch_size, accumulate, seed, rank, world
-        self.epoch = 0
+        self.groups, self.epoch = groups, 0
 
     def __len__(self):
         return self.length // self.batch_size * self.accumulate
 
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length).tolist()
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(self.length)
         micro = self.batch_size // self.accumulate
         share = micro // self.world
+        if self.groups is not None:
+            order = in_groups(order, np.asarray(self.groups)[order], share, rng)
+        order = order.tolist()
         for start in range(0, len(self) * micro, micro):
             first = start + self.rank * share
             yield [(self.epoch, index) for index in order[first:first + share]]
+
+
+def in_groups(order, groups, share, rng):
+    """`order` (n,) so rearranged that each `share` of it is of one group; what of a group is left over comes last."""
+    chunks, rest = [], []
+    for group in np.unique(groups):
+        members = order[groups == group]
+        whole = len(members) // share * share
+        chunks += list(members[:whole].reshape(-1, share))
+        rest.append(members[whole:])
+    return np.concatenate([chunks[i] for i in rng.permutation(len(chunks))] + rest)
 
 
 class RandAugment:
@@ -286,6 +303,23 @@ def load_image(path):
         raise ValueError(f"{path} cannot be read as an image ({error}); replace or delete the file") from error
 
 
+def fitted(H, W, short, long):
+    """(h, w), of the same shape as (H, W), as large as a short side of `short` and a long side of `long` allow."""
+    factor = min(int(long) / max(H, W), int(short) / min(H, W))
+    return max(1, math.floor(H * factor + 0.5)), max(1, math.floor(W * factor + 0.5))
+
+
+def resized(pixels, shape):
+    """(H, W, 3) uint8 -> (h, w, 3) uint8: bilinear, without low-pass filter and rounded, as OpenCV has it, which published dense models saw."""
+    image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None].float()
+    return interpolate(image, tuple(shape), mode="bilinear")[0].round().permute(1, 2, 0).byte().numpy()
+
+
+def to_tensor(pixels):
+    """(H, W, 3), 0 to 255 -> (3, H, W) float32, normalised."""
+    return torch.from_numpy(((pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1).astype(np.float32)).contiguous()
+
+
 def _split(data, *names):
     if not Path(data).is_dir():
         raise FileNotFoundError(f"--data {data}: no such folder; expected one with train/ and val/ or test/")
@@ -313,8 +347,9 @@ def balanced(images, limit):
 
 
 def training_loader(dataset, config, rank, world, workers):
-    return DataLoader(dataset, batch_sampler=ShareSampler(len(dataset), config.batch_size, config.accumulate, config.seed, rank, world),
-                      num_workers=workers, pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+    sampler = ShareSampler(len(dataset), config.batch_size, config.accumulate, config.seed, rank, world, getattr(dataset, "groups", None))
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=getattr(dataset, "collate", None), num_workers=workers,
+                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
 
 
 def validation_loader(dataset, batch_size, rank, world, workers):

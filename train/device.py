@@ -36,3 +36,12 @@ def precision(device, amp):
 def autocast(device, amp):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision(device, amp))
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def moved(value, device):
+    """A batch, of tensors in lists, tuples and dicts, on `device`; tuples become lists, and what is no tensor stays as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: moved(part, device) for key, part in value.items()}
+    return [moved(part, device) for part in value] if isinstance(value, (list, tuple)) else value

@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 import kernels
 from models import create_model, load_weights
-from train import classification, data, segmentation
+from train import classification, data, detection, segmentation
 from train.config import model_overrides, refuse_other, to_dict
-from train.device import autocast, join_ranks, leave_ranks, precision
+from train.device import autocast, join_ranks, leave_ranks, moved, precision
 from train.run_folder import RunFolder
 
 # family of architectures -> module with METRICS, datasets(config), loss(run, batch, rng), evaluate(model, loader, device, amp)
-TASKS = {"swin": classification, "volo": classification, "upernet": segmentation}
+TASKS = {"swin": classification, "volo": classification, "upernet": segmentation, "mask": detection, "cascade": detection}
 
 
 def train(config, resume=None, notes=()):
@@ -64,7 +64,7 @@ class Run:
             load_weights(self.model, config.weights, classifier=not config.fresh_head)
         # On GPUs channels come last in memory, where attention over (B, H, W, C) wants them.
         self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        if world > 1 and device.type == "cuda" and self.task is segmentation:  # crops of a rank are too few for statistics
+        if world > 1 and device.type == "cuda" and self.task is not classification:  # images of a rank are too few for statistics
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(device, memory_format=self.layout)
         groups = decay_groups(self.model, config.weight_decay)
@@ -115,7 +115,7 @@ class Run:
                 for training in (True, False):
                     self.model.train(training)
                     with autocast(self.device, self.config.amp), torch.set_grad_enabled(training):
-                        out = self.model(images.to(memory_format=self.layout))
+                        out = getattr(self.model, "backbone", self.model)(images.to(memory_format=self.layout))
                     if training:
                         sum(part.float().mean() for part in (out if isinstance(out, tuple) else (out,))).backward()
             self.model.zero_grad(set_to_none=True)
@@ -157,7 +157,7 @@ class Run:
 
     def backward(self, batch, rng, last_pass):
         """Adds the gradients of one pass -> its part of the step's loss. Ranks exchange gradients in the last pass alone."""
-        batch = [part.to(self.device, non_blocking=True) for part in batch]
+        batch = moved(batch, self.device)
         batch[0] = batch[0].to(memory_format=self.layout)
         with contextlib.nullcontext() if last_pass or self.world == 1 else self.runner.no_sync():
             loss = self.task.loss(self, batch, rng) / self.config.accumulate
@@ -185,7 +185,8 @@ class Run:
         result = self.task.evaluate(self.ema.module if self.ema else self.model, self.validation_loader, self.device, self.config.amp)
         chosen = next(iter(self.task.METRICS))
         best = result[chosen] > max((row[chosen] for row in self.history), default=-1.0)
-        self.history.append({"epoch": epoch + 1, "train_loss": sum(self.losses) / len(self.losses), "val_loss": result["loss"],
+        val_loss = {"val_loss": result["loss"]} if "loss" in result else {}
+        self.history.append({"epoch": epoch + 1, "train_loss": sum(self.losses) / len(self.losses), **val_loss,
                              **{metric: result[metric] for metric in self.task.METRICS}, "images_per_s": rate})
         self.folder.log(**self.history[-1])
         self.folder.save({"model": self.model.state_dict(), "ema": self.ema.module.state_dict() if self.ema else None,
@@ -222,11 +223,14 @@ def decay_groups(model, weight_decay):
 def learning_rate(step, steps_per_epoch, config):
     """Linear from warmup_lr to lr over the warm-up, then half a cosine down to min_lr at the last step.
 
-    The linear schedule falls from lr at the first step to min_lr after the last, and the warm-up, a factor, lies over it.
+    The linear schedule falls from lr at the first step to min_lr after the last, the steps are a tenth after each milestone, and the
+    warm-up, a factor, lies over both.
     """
     warmup, last = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch - 1
-    if config.schedule == "linear":
+    if config.schedule != "cosine":
         falling = config.min_lr + (config.lr - config.min_lr) * (1 - step / (last + 1))
+        if config.schedule == "steps":
+            falling = config.lr / 10 ** sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
         start = config.warmup_lr / config.lr if config.lr else 0
         return falling * (start + (1 - start) * step / warmup) if step < warmup else falling
     if step < warmup:
@@ -260,8 +264,8 @@ class Progress:
     def epoch(self, row, epochs, metrics):
         if not self.quiet:
             reached = "  ".join(f"{name} {row[metric]:.2f}" for metric, name in metrics.items())
-            tqdm.write(f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}  {reached}  "
-                       f"{row['images_per_s']:.0f} images/s")
+            val_loss = f"val loss {row['val_loss']:.3f}  " if "val_loss" in row else ""
+            tqdm.write(f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  {val_loss}{reached}  {row['images_per_s']:.0f} images/s")
 
     def close(self):
         self.bar.close()

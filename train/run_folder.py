@@ -65,7 +65,7 @@ class RunFolder:
         print("configuration:\n" + "".join("  " + line + "\n" for line in text.splitlines()), flush=True)
 
     def log(self, **row):
-        """One line of log.jsonl: a step (step, epoch from 0, loss, lr), or an epoch (epoch from 1, train_loss, val_loss, the metrics)."""
+        """One line of log.jsonl: a step (step, epoch from 0, loss, lr), or an epoch (epoch from 1, train_loss, val_loss if the task has one, the metrics)."""
         if self.writes:
             with open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -87,8 +87,9 @@ class RunFolder:
         losses, accuracy = figure.subplots(1, 2)
         losses.plot([(row["step"] + 1) / per_epoch for row in steps], [row["loss"] for row in steps], color="0.8", label="step")
         losses.plot(at, [row["train_loss"] for row in epochs], "o-", label="training")
-        losses.plot(at, [row["val_loss"] for row in epochs], "o-", label="validation")
-        losses.set(xlabel="epoch", ylabel="cross-entropy")
+        if "val_loss" in epochs[0]:
+            losses.plot(at, [row["val_loss"] for row in epochs], "o-", label="validation")
+        losses.set(xlabel="epoch", ylabel="loss")
         for metric, name in self.metrics.items():
             accuracy.plot(at, [row[metric] for row in epochs], "o-", label=name)
         chosen, name = next(iter(self.metrics.items()))
@@ -103,11 +104,16 @@ class RunFolder:
 
 def save_atomically(state, path):
     """torch.save that leaves either the old file or the whole new one, whenever the machine stops."""
+    replace_atomically(path, lambda file: torch.save(state, file))
+
+
+def replace_atomically(path, write):
+    """write(file) into a binary file that takes the place of `path` when it is whole and on the disk."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # beside it: a rename between disks is not atomic
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

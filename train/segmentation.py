@@ -3,7 +3,6 @@
 Augmentation and loss are those of the published configurations (mmsegmentation 0.11's for ADE20K).
 """
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 from eval import ade20k
 from eval.ade20k import evaluate  # noqa: F401  the loop and the command must count alike
 from train import scenes
-from train.data import HELD_OUT_SCENES, MEAN, SCENES, STD, load_image, with_generator
+from train.data import HELD_OUT_SCENES, SCENES, fitted, load_image, resized, to_tensor, with_generator
 from train.device import autocast
 
 METRICS = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}  # the first chooses the best epoch
@@ -172,7 +171,7 @@ def augment(pixels, labels, config):
     low, high = config.resize
     ratio = low + (high - low) * float(torch.rand(()))
     H, W = fitted(*labels.shape, size * ratio, 4 * size * ratio)
-    image = TF.resize(Image.fromarray(pixels), [H, W])
+    image = Image.fromarray(resized(pixels, (H, W)))
     labels = F.interpolate(torch.from_numpy(labels)[None, None], (H, W), mode="nearest")[0, 0]
     for _ in range(10):  # a crop nearly all of one class teaches little
         top, left = int(torch.randint(max(1, H - size + 1), ())), int(torch.randint(max(1, W - size + 1), ()))
@@ -226,23 +225,8 @@ class Views(Dataset):
 
 def views(pixels, size, ratios, flip):
     """[(image (3, h, w) float32, whether mirrored), ...] of a photograph (H, W, 3) uint8, each ratio plain, then mirrored if `flip`."""
-    image = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32))[None]
     shown = []
     for ratio in ratios:
-        shape = fitted(*pixels.shape[:2], size * ratio, 4 * size * ratio)
-        # Bilinear without low-pass filter and rounded to whole numbers, as the published pipeline's OpenCV has it.
-        resized = F.interpolate(image, shape, mode="bilinear")[0].round().permute(1, 2, 0).numpy()
-        view = to_tensor(resized)
+        view = to_tensor(resized(pixels, fitted(*pixels.shape[:2], size * ratio, 4 * size * ratio)))
         shown += [(view, False), (view.flip(2), True)] if flip else [(view, False)]
     return shown
-
-
-def fitted(H, W, short, long):
-    """(h, w), of the same shape as (H, W), as large as a short side of `short` and a long side of `long` allow."""
-    factor = min(int(long) / max(H, W), int(short) / min(H, W))
-    return max(1, math.floor(H * factor + 0.5)), max(1, math.floor(W * factor + 0.5))
-
-
-def to_tensor(pixels):
-    """(H, W, 3), 0 to 255 -> (3, H, W) float32, normalised."""
-    return torch.from_numpy(((pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1).astype(np.float32)).contiguous()
