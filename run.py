@@ -9,6 +9,8 @@
     python run.py train swin_t --attn elsa --resume                 continue the newest run of this name
     python run.py eval swin_t --attn elsa --weights FILE --data DIR
     python run.py predict upernet_swin_t --weights FILE IMAGE...    what the model sees, drawn into the images
+    python run.py info swin_t --attn elsa                           parameters, multiply-adds and memory, layer by layer
+    python run.py compare swin_t --attn window,dwconv,elsa          several kinds of attention, trained alike, in one table
     python run.py bench                                             operator timings of this machine
 
 `python run.py train --help` lists every option; `--batch-size 64` overrides the recipe's batch_size.
@@ -50,12 +52,34 @@ def predict(argv):
     main(argv)
 
 
+def info(argv):
+    from models.info import info, stages, table
+    from train import config as configuration
+    parser = configuration.Parser(prog="run.py info", description="Count a model's parameters, multiply-adds and memory.")
+    parser.add_argument("model", nargs="?", default="swin_t", help="architecture, as models.create_model knows it")
+    parser.add_argument("--layers", action="store_true", help="every layer, not only the stages")
+    parser.add_keys(["attn", "img_size", "num_classes", "patch_size", "window_size", "model_args"])
+    given = vars(parser.parse(argv))
+    layers, recipe = given.pop("layers"), configuration.RECIPES / f"{given['model']}.yaml"
+    config, _ = configuration.resolve(given, recipe if recipe.exists() else None)
+    overrides = {key: value for key, value in configuration.model_overrides(config).items() if key != "drop_path_rate"}
+    rows = info(config.model, (config.img_size, config.img_size), attn=config.attn, num_classes=config.num_classes, img_size=config.img_size,
+                **overrides)
+    print(f"{config.model}, attn {config.attn or 'default'}, one image of {config.img_size} x {config.img_size}; memory: what training keeps for the "
+          f"backward pass, float32\n{table(rows[1:] + rows[:1] if layers else stages(rows))}")
+
+
+def compare(argv):
+    from train.compare import main
+    main(argv)
+
+
 def bench(argv):
     from kernels.bench import main
     main(argv)
 
 
-COMMANDS = {"train": train, "eval": evaluate, "predict": predict, "bench": bench}
+COMMANDS = {"train": train, "eval": evaluate, "predict": predict, "info": info, "compare": compare, "bench": bench}
 
 
 def main(argv):

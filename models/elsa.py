@@ -35,13 +35,14 @@ class ELSA(nn.Module):
         groups: groups of the 1x1 convolution that writes the logits.
         lam: exponent of the multiplicative ghost filter, a whole number because the filter has negative entries; 0: no such filter.
         gamma: factor of the additive ghost filter; 0: no such filter.
+        hadamard, softmax: False leaves this part out, for ablation: h = scale * q, and no projection to k; f from the bare logits.
 
     Shapes: x (B, H, W, dim), any floating dtype -> (B, H // stride, W // stride, dim).
     Raises ValueError for an argument or an input that does not fit the above.
     """
 
     def __init__(self, dim, num_heads, dim_qk=None, dim_v=None, kernel_size=5, stride=1, dilation=1, qkv_bias=False, qk_scale=None,
-                 attn_drop=0.0, proj_drop=0.0, group_width=8, groups=1, lam=1, gamma=1):
+                 attn_drop=0.0, proj_drop=0.0, group_width=8, groups=1, lam=1, gamma=1, hadamard=True, softmax=True):
         super().__init__()
         for name, value in dict(dim=dim, num_heads=num_heads, kernel_size=kernel_size, stride=stride, dilation=dilation,
                                 group_width=group_width, groups=groups).items():
@@ -57,10 +58,10 @@ class ELSA(nn.Module):
         _check(lam >= 0 and lam == int(lam), "lam", lam, "a whole number >= 0: the multiplicative ghost filter has negative entries")
         self.dim, self.dim_qk, self.dim_v, self.num_heads = dim, dim_qk, dim_v, num_heads
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
-        self.lam, self.gamma = lam, gamma
+        self.lam, self.gamma, self.hadamard, self.softmax = lam, gamma, hadamard, softmax
         self.scale = qk_scale or (dim_v // num_heads) ** -0.5
 
-        self.pre_proj = nn.Conv2d(dim, 2 * dim_qk + dim_v, 1, bias=qkv_bias)
+        self.pre_proj = nn.Conv2d(dim, (1 + hadamard) * dim_qk + dim_v, 1, bias=qkv_bias)
         self.attn = nn.Sequential(
             nn.Conv2d(dim_qk, dim_qk, kernel_size, padding=kernel_size // 2 * dilation, dilation=dilation, groups=dim_qk // group_width),
             nn.GELU(),
@@ -80,18 +81,20 @@ class ELSA(nn.Module):
         if x.ndim != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; ELSA expects (B, H, W, {self.dim}): permute channels-first maps first")
         qkv = F.linear(x, self.pre_proj.weight.flatten(1), self.pre_proj.bias)  # a 1x1 convolution, (B, H, W, 2Q + C)
-        q, k, v = qkv.split((self.dim_qk, self.dim_qk, self.dim_v), dim=-1)
-        h = (q * k * self.scale).permute(0, 3, 1, 2)  # (B, Q, H, W)
+        *qk, v = qkv.split([self.dim_qk] * (1 + self.hadamard) + [self.dim_v], dim=-1)
+        h = qk[0] * qk[1] if self.hadamard else qk[0]
+        h = (h * self.scale).permute(0, 3, 1, 2)  # (B, Q, H, W)
         if self.stride > 1:
             h = F.avg_pool2d(h, self.stride)
         logits = self.logits(h)
 
         dropping = self.training and self.attn_drop.p > 0
         if dropping:  # dropout stands between the softmax and the aggregation, so the softmax cannot stay inside the operator
-            logits = self.attn_drop(logits.unflatten(1, (self.num_heads, -1)).softmax(2)).flatten(1, 2)
+            logits = logits.unflatten(1, (self.num_heads, -1))
+            logits = self.attn_drop(logits.softmax(2) if self.softmax else logits).flatten(1, 2)
         mul, add = self.ghost_filters()
         out = elsa_attention(v, logits, mul, add, kernel_size=self.kernel_size, dilation=self.dilation, stride=self.stride,
-                             lam=self.lam, gamma=self.gamma, normalize=not dropping)  # (B, Ho, Wo, C)
+                             lam=self.lam, gamma=self.gamma, normalize=self.softmax and not dropping)  # (B, Ho, Wo, C)
         return self.proj_drop(self.post_proj(out))
 
     def logits(self, h):

@@ -1,4 +1,4 @@
-"""Swin Transformer, and Swin with enhanced local self-attention (ELSA) in its first three stages.
+"""Swin Transformer, and Swin with enhanced local self-attention (ELSA), or another local attention, in its first three stages.
 
 Sources: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", arXiv 2103.14030;
 Zhou et al., "ELSA: Enhanced Local Self-Attention for Vision Transformer", arXiv 2112.12786, section 4.
@@ -8,66 +8,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.elsa import ELSA
+from models.attention import ATTENTIONS, local_attention
 
 CONFIGS = {
     "swin_t": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), group_width=4),
     "swin_s": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
     "swin_b": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
 }
-
-
-class WindowAttention(nn.Module):
-    """Self-attention inside windows, cyclically shifted by `shift` pixels, with a relative position bias.
-
-    Maps are padded right and bottom with zeros to whole windows; the padding is attended to, as published. An axis that fits
-    into one window is not shifted, unless always_shift. Shapes: (B, H, W, C) -> (B, H, W, C).
-    """
-
-    def __init__(self, dim, num_heads, window_size, shift, always_shift=False):
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads = {num_heads} does not fit a stage of {dim} channels; give a divisor of {dim}")
-        self.num_heads, self.window_size, self.shift, self.always_shift = num_heads, window_size, shift, always_shift
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        offsets = 2 * window_size - 1  # of query minus key, along one axis
-        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(torch.empty(offsets ** 2, num_heads), std=0.02))
-        y, x = torch.meshgrid(torch.arange(window_size), torch.arange(window_size), indexing="ij")
-        position = (y * offsets + x).flatten()  # (N,)
-        centre = offsets ** 2 // 2  # the entry of offset (0, 0)
-        self.register_buffer("relative_position_index", position[:, None] - position + centre, persistent=False)  # (N, N)
-
-    def forward(self, x):
-        B, H, W, C = x.shape
-        w, G = self.window_size, self.num_heads
-        rows, columns = (H + w - 1) // w, (W + w - 1) // w  # of windows
-        x = F.pad(x, (0, 0, 0, columns * w - W, 0, rows * w - H))
-        shifts = [self.shift if self.always_shift or size > w else 0 for size in (H, W)]
-        if any(shifts):
-            x = x.roll((-shifts[0], -shifts[1]), (1, 2))
-
-        qkv = self.qkv(x).reshape(B, rows, w, columns, w, 3, G, C // G)
-        # Windows join the heads: one bias for all images is then broadcast over the batch instead of copied.
-        q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, B, rows * columns * G, w * w, C // G)  # (B, windows * G, N, D)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (G, N, N)
-        if any(shifts):
-            bias = bias + self.shift_mask(rows, columns, shifts, x.device)[:, None]  # (windows, G, N, N)
-        else:
-            bias = bias.expand(rows * columns, -1, -1, -1)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)[None].to(q.dtype))
-
-        x = x.reshape(B, rows, columns, G, w, w, C // G).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, rows * w, columns * w, C)
-        if any(shifts):
-            x = x.roll(shifts, (1, 2))
-        return self.proj(x[:, :H, :W])
-
-    def shift_mask(self, rows, columns, shifts, device):
-        """-100 where the shift brought query and key from opposite edges of the map into one window, else 0: (windows, N, N)."""
-        w = self.window_size
-        y, x = ((torch.arange(n * w, device=device) >= n * w - shift).reshape(n, w) for n, shift in zip((rows, columns), shifts))
-        edge = (2 * y[:, None, :, None] + x[None, :, None]).reshape(rows * columns, w * w)  # came round the edge in y, in x: (windows, N)
-        return (edge[:, None] != edge[:, :, None]) * -100.0
 
 
 class MLP(nn.Module):
@@ -147,17 +94,18 @@ class Stage(nn.Module):
 
 
 class Swin(nn.Module):
-    """Swin Transformer with window attention (attn="window"), or with ELSA in all stages but the last (attn="elsa").
+    """Swin Transformer with window attention (attn="window"), or with another local attention in all stages but the last.
 
     Args:
-        attn: "window" or "elsa".
+        attn: one of models.attention.ATTENTIONS: "window", "elsa", ...
         num_classes: width of the logits; 0: no classifier, the model gives pooled features.
         patch_size: pixels along the side of a patch; 4 for photographs, 2 suits 32x32 images.
         embed_dim, depths, num_heads: channels of stage 1 (doubled at each stage), blocks and heads of each stage.
         window_size: side of an attention window, in patches.
         mlp_ratio: hidden width of the MLPs, in multiples of the stage's channels.
         drop_path_rate: stochastic depth, from 0 at the first block linearly to this rate at the last.
-        kernel_size, group_width, lam, gamma: of the ELSA layers, see models.elsa.ELSA; not used by attn="window".
+        kernel_size: side of the neighbourhoods of attn="elsa" and its like.
+        group_width, lam, gamma: of the ELSA layers, see models.elsa.ELSA.
         checkpointing: recompute the blocks in the backward pass instead of keeping their activations.
         always_shift: shift odd blocks along an axis that fits into one window, too, as the published detectors and
             segmenters do (Swin's and ELSA's alike); the published classifiers do not.
@@ -165,7 +113,7 @@ class Swin(nn.Module):
     Shapes: images (B, 3, H, W), any H and W -> logits (B, num_classes). Source of all defaults: arXiv 2112.12786, section 4,
     and its published configuration (k=7, lam=0, gamma=1, scale 1, biases on; windows in the last stage).
     """
-    attentions = ("window", "elsa")
+    attentions = ATTENTIONS
 
     def __init__(self, attn="window", num_classes=1000, patch_size=4, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
                  window_size=7, mlp_ratio=4.0, drop_path_rate=0.0, kernel_size=7, group_width=8, lam=0, gamma=1, checkpointing=False,
@@ -181,10 +129,10 @@ class Swin(nn.Module):
         last = len(depths) - 1
 
         def attention(i, j):
-            if attn == "elsa" and i < last:
-                return ELSA(self.dims[i], num_heads[i], kernel_size=kernel_size, qkv_bias=True, qk_scale=1, group_width=group_width,
-                            lam=lam, gamma=gamma)
-            return WindowAttention(self.dims[i], num_heads[i], window_size, window_size // 2 if j % 2 else 0, always_shift)
+            return local_attention(
+                attn if i < last else "window", self.dims[i], num_heads[i], kernel_size=kernel_size,
+                window=dict(window_size=window_size, shift=window_size // 2 if j % 2 else 0, always_shift=always_shift),
+                elsa=dict(qkv_bias=True, qk_scale=1, group_width=group_width, lam=lam, gamma=gamma))
 
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.layers = nn.ModuleList(

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.elsa import ELSA
+from models.attention import ATTENTIONS, local_attention
 from models.swin import Block
 
 CONFIGS = {
@@ -24,52 +24,6 @@ CONFIGS = {
     "volo_d4": dict(embed_dim=384, depths=(8, 8, 16, 4), num_heads=(12, 16)),
     "volo_d5": dict(embed_dim=384, depths=(12, 12, 20, 4), num_heads=(12, 16), mlp_ratio=4.0, stem_dim=128),
 }
-
-
-class OutlookAttention(nn.Module):
-    """Attention weights straight from the centre of a window, for all pairs of pixels in it: (B, H, W, C) -> (B, H, W, C).
-
-    3 x 3 windows lie around every second pixel of every second row. The mean of the 2 x 2 pixels there gives, by one linear layer,
-    9 x 9 weights a head: how much of each pixel of the window goes to each. A pixel of an odd row or column lies in several windows
-    and adds up what they send it. Source: arXiv 2106.13112, section 3.1.
-    """
-
-    def __init__(self, dim, num_heads):
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads = {num_heads} does not fit outlook attention of {dim} channels; give a divisor of {dim}")
-        self.num_heads = num_heads
-        self.v = nn.Linear(dim, dim, bias=False)
-        self.attn = nn.Linear(dim, 81 * num_heads)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        B, H, W, C = x.shape
-        G = self.num_heads
-        centres = F.avg_pool2d(x.permute(0, 3, 1, 2), 2, ceil_mode=True).permute(0, 2, 3, 1)  # (B, h, w, C)
-        h, w = centres.shape[1:3]
-        a = (self.attn(centres) * (C // G) ** -0.5).view(B, h, w, G, 9, 9).softmax(-1)
-
-        v = F.pad(self.v(x), (0, 0, 0, W % 2, 0, H % 2)).view(B, h, 2, w, 2, G, C // G)
-        v = self.windows(self.windows(v, 1), 3).permute(0, 1, 3, 5, 2, 4, 6)  # (B, h, w, G, 3, 3, D)
-        y = (a @ v.flatten(4, 5)).view_as(v)
-        y = self.overlap(*y.unbind(4), dim=1)  # (B, 2h, w, G, 3, D)
-        y = self.overlap(*y.unbind(4), dim=2)  # (B, 2h, 2w, G, D)
-        return self.proj(y.flatten(3)[:, :H, :W])
-
-    @staticmethod
-    def windows(v, dim):
-        """Pairs of pixels 2i, 2i + 1 along `dim` and `dim` + 1 -> triples 2i - 1, 2i, 2i + 1; pixel -1 is zero."""
-        odd = v.narrow(dim + 1, 1, 1)
-        before = torch.cat([torch.zeros_like(odd.narrow(dim, 0, 1)), odd.narrow(dim, 0, odd.shape[dim] - 1)], dim)
-        return torch.cat([before, v], dim + 1)
-
-    @staticmethod
-    def overlap(before, centre, after, dim):
-        """The reverse, adding where windows meet: what triples i send to 2i - 1, 2i, 2i + 1 -> pixels along `dim`."""
-        n = before.shape[dim]
-        odd = torch.cat([before.narrow(dim, 1, n - 1), torch.zeros_like(before.narrow(dim, 0, 1))], dim) + after
-        return torch.stack([centre, odd], dim + 1).flatten(dim, dim + 1)
 
 
 class SelfAttention(nn.Module):
@@ -144,7 +98,7 @@ class VOLO(nn.Module):
     """Vision Outlooker: one stage of local attention, three of self-attention at half its resolution, two class-attention blocks.
 
     Args:
-        attn: "outlook", or "elsa": the reconstruction described at the head of this file.
+        attn: "outlook", "elsa", the reconstruction described at the head of this file, or another of models.attention.ATTENTIONS.
         num_classes: width of the logits; 0: no classifiers, the model gives the class token.
         img_size: side of the images, which fixes the grid of the position embedding. Images of another size get it interpolated.
         patch_size: pixels along the side of a patch of stage 1, even; 8 for photographs, 4 suits 32x32 images.
@@ -153,7 +107,8 @@ class VOLO(nn.Module):
         mlp_ratio: hidden width of the MLPs, in multiples of the stage's channels.
         stem_dim: channels of the patch embedding's convolutions.
         drop_path_rate: stochastic depth of the last block, rising linearly over all blocks; as published, stage 1 has none.
-        kernel_size, group_width, lam, gamma: of the ELSA layers, see models.elsa.ELSA; not used by attn="outlook".
+        kernel_size: side of the neighbourhoods of attn="elsa" and its like. window_size: of attn="window".
+        group_width, lam, gamma: of the ELSA layers, see models.elsa.ELSA.
         checkpointing: recompute the blocks in the backward pass instead of keeping their activations.
 
     Shapes: images (B, 3, H, W); sides that are no multiple of 2 * patch_size are zero-padded right and bottom. Evaluating: logits
@@ -161,10 +116,11 @@ class VOLO(nn.Module):
     logits (B, h, w, num_classes)), with (h, w) = token_grid(H, W).
     Source of all defaults: arXiv 2106.13112, table 2, and the published models.
     """
-    attentions = ("outlook", "elsa")
+    attentions = ("outlook", *(attn for attn in ATTENTIONS if attn != "outlook"))  # the architecture's own first
 
     def __init__(self, attn="outlook", num_classes=1000, img_size=224, patch_size=8, embed_dim=192, depths=(4, 4, 8, 2), num_heads=(6, 12),
-                 mlp_ratio=3.0, stem_dim=64, drop_path_rate=0.0, kernel_size=5, group_width=8, lam=1, gamma=1, checkpointing=False):
+                 mlp_ratio=3.0, stem_dim=64, drop_path_rate=0.0, kernel_size=5, window_size=7, group_width=8, lam=1, gamma=1,
+                 checkpointing=False):
         super().__init__()
         if patch_size % 2:
             raise ValueError(f"patch_size = {patch_size} is odd, and the stem halves the image first; give an even number")
@@ -173,16 +129,16 @@ class VOLO(nn.Module):
         self.patch_size, self.checkpointing = patch_size, checkpointing
         dim = 2 * embed_dim
 
-        def local_attention():
-            if attn == "elsa":
-                return ELSA(embed_dim, num_heads[0], kernel_size=kernel_size, qk_scale=1, group_width=group_width, lam=lam, gamma=gamma)
-            return OutlookAttention(embed_dim, num_heads[0])
+        def attention(j):
+            return local_attention(attn, embed_dim, num_heads[0], kernel_size=kernel_size,
+                                   window=dict(window_size=window_size, shift=window_size // 2 if j % 2 else 0),
+                                   elsa=dict(qk_scale=1, group_width=group_width, lam=lam, gamma=gamma))
 
         rates = (drop_path_rate * n / max(1, sum(depths) - 1) for n in range(depths[0], sum(depths)))
         self.patch_embed = PatchEmbed(patch_size, stem_dim, embed_dim)
         self.pos_embed = nn.Parameter(torch.empty(1, *self.token_grid(img_size, img_size), dim))
         self.network = nn.ModuleList([
-            nn.Sequential(*(Block(embed_dim, local_attention(), mlp_ratio, 0.0) for _ in range(depths[0]))),
+            nn.Sequential(*(Block(embed_dim, attention(j), mlp_ratio, 0.0) for j in range(depths[0]))),
             Downsample(embed_dim),
             *(nn.Sequential(*(Block(dim, SelfAttention(dim, num_heads[1]), mlp_ratio, next(rates)) for _ in range(depth)))
               for depth in depths[1:])])

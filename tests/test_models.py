@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from models import create_model, list_models, load_weights
 from models.elsa import ELSA
-from models.swin import PatchEmbed, PatchMerging, StochasticDepth, WindowAttention
+from models.attention import WindowAttention
+from models.swin import PatchEmbed, PatchMerging, StochasticDepth
 from published import GOLDEN, assert_close, published_state
 
 TINY = dict(embed_dim=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 2, 4), window_size=4, patch_size=2, group_width=4, kernel_size=3,

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from models import create_model, load_weights
 from models.elsa import ELSA
-from models.volo import OutlookAttention, interpolate_pos_embed
+from models.attention import OutlookAttention
+from models.volo import interpolate_pos_embed
 from published import GOLDEN, assert_close, published_state
 
 TINY = dict(embed_dim=12, depths=(2, 1, 1, 1), num_heads=(2, 4), stem_dim=4, patch_size=4, img_size=32, num_classes=5)

@@ -1,6 +1,7 @@
 """Which device a process computes on, in which precision, and how ranks started by torchrun find each other."""
 import contextlib
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -45,3 +46,14 @@ def moved(value, device):
     if isinstance(value, dict):
         return {key: moved(part, device) for key, part in value.items()}
     return [moved(part, device) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def peak_memory(device):
+    """Bytes: on a GPU the most that tensors took so far, on a CPU that the whole process did; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

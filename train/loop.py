@@ -15,7 +15,7 @@ import kernels
 from models import create_model, load_weights
 from train import classification, data, detection, segmentation
 from train.config import model_overrides, refuse_other, to_dict
-from train.device import autocast, join_ranks, leave_ranks, moved, precision
+from train.device import autocast, join_ranks, leave_ranks, moved, peak_memory, precision
 from train.run_folder import RunFolder
 
 # family of architectures -> module with METRICS, datasets(config), loss(run, batch, rng), evaluate(model, loader, device, amp)
@@ -187,7 +187,7 @@ class Run:
         best = result[chosen] > max((row[chosen] for row in self.history), default=-1.0)
         val_loss = {"val_loss": result["loss"]} if "loss" in result else {}
         self.history.append({"epoch": epoch + 1, "train_loss": sum(self.losses) / len(self.losses), **val_loss,
-                             **{metric: result[metric] for metric in self.task.METRICS}, "images_per_s": rate})
+                             **{metric: result[metric] for metric in self.task.METRICS}, "images_per_s": rate, "memory": peak_memory(self.device)})
         self.folder.log(**self.history[-1])
         self.folder.save({"model": self.model.state_dict(), "ema": self.ema.module.state_dict() if self.ema else None,
                           "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "epoch": epoch + 1,

@@ -65,7 +65,8 @@ class RunFolder:
         print("configuration:\n" + "".join("  " + line + "\n" for line in text.splitlines()), flush=True)
 
     def log(self, **row):
-        """One line of log.jsonl: a step (step, epoch from 0, loss, lr), or an epoch (epoch from 1, train_loss, val_loss if the task has one, the metrics)."""
+        """One line of log.jsonl: a step (step, epoch from 0, loss, lr), or an epoch (epoch from 1, train_loss, val_loss if the task has one, the
+        metrics, images_per_s, memory in bytes)."""
         if self.writes:
             with open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
