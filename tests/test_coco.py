@@ -123,6 +123,12 @@ def test_passes_are_of_one_orientation(n, share, world, accumulate, seed):
     assert mixed <= 1  # the remainders of two groups meet in one pass
 
 
+def with_segmentation(file, segmentation):
+    content = json.loads(file.read_text())
+    content["annotations"][0]["segmentation"] = segmentation
+    file.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda root, file: (root / "train2017" / "1.png").unlink(), ["1 of the 5 photographs", "1.png"]),
     (lambda root, file: (root / "train2017" / "1.png").write_bytes(b"junk"), ["1.png", "cannot be read"]),
@@ -134,6 +140,9 @@ def test_passes_are_of_one_orientation(n, share, world, accumulate, seed):
     (lambda root, file: file.write_text(file.read_text().replace("1.png", "/etc/passwd")), ["outside", "/etc/passwd", "refused"]),
     (lambda root, file: file.write_text(file.read_text().replace("green", "yellow")), ["categories of train and val differ"]),
     (lambda root, file: file.unlink(), ["instances_train*.json", "found []"]),
+    *((lambda root, file, damaged=damaged: with_segmentation(file, damaged), ["instances_train2017.json, 0.png", "a segmentation cannot be read"])
+      for damaged in ({"size": [5, 5], "counts": [25]}, {"size": [60, 90], "counts": [3]}, {"size": [60, 90], "counts": "abc"},
+                      {"size": [60, 90]}, [["a", "b", 1, 2, 3, 4]], None)),
 ])
 def test_what_is_wrong_with_the_data_is_said(photos, damage, words):
     damage(photos, photos / "annotations" / "instances_train2017.json")
@@ -214,6 +223,11 @@ def test_the_twelve_numbers_are_pycocotools(seed, images, objects, classes):
     assert result["box_ap"] == pytest.approx(np.nanmean([box for box, _ in result["classes"]] or [np.nan]), nan_ok=True)
 
 
+def test_polygons_too_short_are_no_pixels():
+    for segmentation in ([], [[1, 2, 3]]):
+        assert oracle_mask.area(detection.run_lengths(segmentation, 50, 60, "x")) == 0
+
+
 def test_nothing_detected_is_an_ap_of_zero():
     photographs = [(i, size, annotations, []) for i, size, annotations, _ in synthetic(np.random.default_rng(0), 3, 5, 2)]
     result = coco.scores(photographs, 2)
@@ -233,7 +247,7 @@ class Oracle(torch.nn.Module):
         annotations = [entry for entry in annotations if not entry["iscrowd"]]
         boxes = torch.tensor([entry["bbox"] for entry in annotations]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        masks = [detection.decoded(entry["segmentation"], *original_sizes[0]) for entry in annotations]
+        masks = [oracle_mask.decode(entry["segmentation"]) for entry in annotations]
         return [{"boxes": boxes, "scores": torch.ones(len(boxes)), "labels": torch.tensor([entry["category_id"] for entry in annotations]),
                  "masks": torch.from_numpy(np.array(masks, bool).reshape(-1, *original_sizes[0]))}]
 

@@ -127,6 +127,10 @@ class CocoFolder:
             raise FileNotFoundError(f"--data {data}: {len(missing)} of the {len(self.images)} photographs in {self.file.name} are not in "
                                     f"{self.root}; missing are {', '.join(missing[:10])}")
 
+    def where(self, index):
+        """Name of a photograph, for errors."""
+        return f"{self.file}, {self.images[index]['file_name']}"
+
     def pixels(self, index):
         """The photograph as (H, W, 3) uint8. As in COCO, its EXIF orientation is not applied."""
         image = self.images[index]
@@ -137,8 +141,11 @@ class CocoFolder:
         return pixels
 
 
-def objects(annotations, height, width):
-    """(boxes (n, 4) float32, labels (n,) int64, masks (n, H, W) bool) to train on: no crowds, nothing below one pixel or out of the image."""
+def objects(annotations, height, width, where):
+    """(boxes (n, 4) float32, labels (n,) int64, masks (n, H, W) bool) to train on: no crowds, nothing below one pixel or out of the image.
+
+    where: name of the image, for errors.
+    """
     boxes, labels, masks = [], [], []
     for annotation in annotations:
         x, y, w, h = annotation["bbox"]
@@ -147,21 +154,27 @@ def objects(annotations, height, width):
             continue
         boxes.append([x, y, x + w, y + h])
         labels.append(annotation["category_id"])
-        masks.append(decoded(annotation["segmentation"], height, width))
+        masks.append(rle.decode(run_lengths(annotation["segmentation"], height, width, where)))
     return (np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64), np.array(masks, bool).reshape(-1, height, width))
 
 
-def decoded(segmentation, height, width):
-    """Polygons [[x, y, x, y, ...], ...], or a run-length code, compressed or not -> (height, width) bool."""
-    if isinstance(segmentation, list):
-        codes = rle.frPyObjects([polygon for polygon in segmentation if len(polygon) >= 6], height, width)
-        return rle.decode(rle.merge(codes)).astype(bool) if codes else np.zeros((height, width), bool)
-    if isinstance(segmentation["counts"], list):
-        segmentation = rle.frPyObjects(segmentation, height, width)
-    mask = rle.decode(segmentation).astype(bool)
-    if mask.shape != (height, width):
-        raise ValueError(f"a segmentation has size {mask.shape}, its image {(height, width)}; expected the same")
-    return mask
+def run_lengths(segmentation, height, width, where):
+    """Polygons [[x, y, x, y, ...], ...], or a run-length code, compressed or not -> compressed. Raises ValueError if it is damaged."""
+    try:
+        if isinstance(segmentation, list):
+            polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+            code = rle.merge(rle.frPyObjects(polygons, height, width)) if polygons else \
+                rle.encode(np.zeros((height, width), np.uint8, order="F"))
+        else:
+            code = rle.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
+        if tuple(code["size"]) != (height, width):
+            raise ValueError(f"its size is {code['size']}, the image's {[height, width]}")
+        if not isinstance(segmentation, list):
+            rle.decode(code)  # reads it
+        return code
+    except Exception as error:  # the library raises whatever its parts do
+        raise ValueError(f"{where}: a segmentation cannot be read ({type(error).__name__}: {error}); expected polygons of three points or more, or a "
+                         "run-length code of the image's size") from error
 
 
 class AugmentedPhotographs(Dataset):
@@ -185,7 +198,7 @@ class AugmentedPhotographs(Dataset):
         place = self.indices[index]
         pixels = self.folder.pixels(place)
         return with_generator((self.config.seed, epoch, index), augment, pixels,
-                              *objects(self.folder.annotations[place], *pixels.shape[:2]), self.config)
+                              *objects(self.folder.annotations[place], *pixels.shape[:2], self.folder.where(place)), self.config)
 
     def collate(self, samples):
         return collate(samples)
@@ -252,7 +265,9 @@ class Photographs(Dataset):
     def __getitem__(self, index):
         pixels = self.folder.pixels(index)
         image, size = shown(pixels, self.size)
-        return image, size, pixels.shape[:2], self.folder.images[index]["id"], self.folder.annotations[index]
+        annotations = [{**entry, "segmentation": run_lengths(entry["segmentation"], *pixels.shape[:2], self.folder.where(index))}
+                       for entry in self.folder.annotations[index]]
+        return image, size, pixels.shape[:2], self.folder.images[index]["id"], annotations
 
 
 def shown(pixels, img_size):
