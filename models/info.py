@@ -1,7 +1,7 @@
 """What a model costs, layer by layer, without running it: `run.py info`."""
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop_count
 
 from models import create_model
 from models.attention import NeighborhoodAttention
@@ -15,6 +15,11 @@ def _aggregation(v, logits, mul, add, kernel_size, dilation, stride, normalize, 
     """A product and a sum a pixel, channel and tap, as for a convolution; the filters' own making is not counted, as published."""
     B, H, W, C = v
     return 2 * B * (H // stride) * (W // stride) * C * kernel_size ** 2
+
+
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+if FLASH not in flop_registry:  # before torch 2.12 or so
+    register_flop_formula(FLASH)(lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v))
 
 
 def info(name, size, **options):

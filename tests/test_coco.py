@@ -101,6 +101,14 @@ def test_augmented_objects_follow_the_pixels(photos):
     assert len(sizes) > 20
 
 
+def test_exif_orientation_is_not_applied(photos):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.fromarray(np.full((60, 90, 3), 40, np.uint8)).save(photos / "val2017" / "0.png", exif=exif)
+    validation, _ = detection.validation_set(Config(data=str(photos), img_size=60))
+    assert validation[len(validation) - 1][2] == (60, 90)
+
+
 def test_batches_are_padded_to_multiples_of_32(photos):
     training, _, _ = detection.datasets(Config(data=str(photos), img_size=64))
     samples = [training[0, i] for i in range(3)]
