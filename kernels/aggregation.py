@@ -374,7 +374,7 @@ class _Setting:
         self.flags = dict(ATTN=logits is not None, NORM=normalize and logits is not None, MUL=mul is not None, ADD=add is not None,
                           ACC=tl.float64 if v.dtype == torch.float64 else tl.float32)
         self.key = dict(dtype=str(v.dtype)[6:], k=kernel_size, dilation=dilation, stride=stride, heads=self.G, width=D,
-                        size=f"{self.H}x{self.W}", mul=mul is not None, add=add is not None, attn=logits is not None,
+                        pixels=triton.next_power_of_2(max(1, self.Ho * self.Wo)), mul=mul is not None, add=add is not None, attn=logits is not None,
                         channels_first=self.logits_strides[2] == 1)
 
     def _taps_first(self, ghost):

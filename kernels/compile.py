@@ -14,18 +14,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import aggregation, tuning
+from kernels import aggregation, generator, tuning
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
            "gfx942": GPUTarget("hip", "gfx942", 64)}
-KERNELS = ("forward_kernel", "dv_kernel", "dlogits_kernel", "dghost_kernel")
-# name: (height, width, heads, head width, kernel size, ghost_mul?)
-SHAPES = {"swin_t stage 1": (56, 56, 3, 32, 7, False), "volo_d1 stage 1": (28, 28, 6, 32, 5, True)}
+KERNELS = {aggregation: ("forward_kernel", "dv_kernel", "dlogits_kernel", "dghost_kernel"),
+           generator: ("hadamard_kernel", "dqk_kernel", "dweight_kernel")}
+# name: (height, width, heads, head width, kernel size, ghost_mul?, channels of q and of k, of a group)
+SHAPES = {"swin_t stage 1": (56, 56, 3, 32, 7, False, 64, 4), "volo_d1 stage 1": (28, 28, 6, 32, 5, True, 128, 8)}
 
 
 def launches(shape, dtype, target):
     """Every (kernel, arguments, constants) that one forward and backward pass would launch on one of TARGETS, once per configuration."""
-    H, W, G, D, k, multiplicative = shape
+    H, W, G, D, k, multiplicative, Q, width = shape
     v = torch.zeros(1, H, W, G * D, dtype=dtype)
     logits = torch.zeros(1, G * k * k, H, W, dtype=dtype)
     add = torch.zeros(G * D, k, k)
@@ -34,12 +35,16 @@ def launches(shape, dtype, target):
     with _recording(recorded, TARGETS[target].warp_size):
         _, lse = aggregation.forward(*arguments)
         aggregation.backward(v, *arguments[:4], lse, *arguments[4:], (True, True, multiplicative, True))
+        q, keys, _ = torch.zeros(1, H, W, 2 * Q + G * D, dtype=dtype).split((Q, Q, G * D), -1)  # slices of one projection
+        weight, bias = torch.zeros(Q, width, k, k), torch.zeros(Q)
+        _, u = generator.forward(q, keys, weight, bias, 1.0, 1)
+        generator.backward(u, q, keys, weight, 1.0, 1)
     return recorded
 
 
 def resources(kernel, arguments, constants, target):
-    """What one launch costs on one of TARGETS: registers a thread, bytes spilled or on the stack, bytes of shared memory,
-    and, on NVIDIA, how many global loads of each width in bits and how many instructions the kernel has."""
+    """What one launch costs on one of TARGETS: registers a thread, bytes spilled or on the stack, bytes of shared memory, and, on
+    NVIDIA, how many global loads of each width in bits, products on tensor cores and instructions the kernel has."""
     names = [parameter.name for parameter in kernel.params]
     options = {name: constants[name] for name in constants if name not in names}
     constants = {name: value for name, value in constants.items() if name in names}
@@ -48,6 +53,8 @@ def resources(kernel, arguments, constants, target):
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(value.dtype)[6:]]
             divisible = True
+        elif isinstance(value, float):
+            signature[name], divisible = "fp32", False
         elif value == 1:  # the launcher compiles strides of one in
             constants[name], divisible = 1, False
         else:
@@ -69,9 +76,10 @@ def _nvidia(compiled):
         usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
         sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
-    loads = re.findall(r"\bLDG\.E\.?(?:\w+\.)*?(U?8|U?16|64|128)?\b[^;]*;", sass)
-    widths = {f"{bits}-bit": loads.count(str(bits)) for bits in (64, 128)}
+    loads = [opcode.split(".") for opcode in re.findall(r"\bLDG(?:STS)?\.[\w.]+", sass)]
+    widths = {f"{bits}-bit": sum(bits in parts for parts in loads) for bits in ("64", "128")}
     return dict(registers=used["REG"], spilled=used["STACK"] + used["LOCAL"], shared=compiled.metadata.shared, loads=widths,
+                tensor_cores=len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", sass)),
                 instructions=len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+[^\s]", sass)))
 
 
@@ -91,16 +99,16 @@ def _recording(recorded, warp_size):
         def __getitem__(self, grid):
             return lambda *arguments, **constants: recorded.append((self.kernel, arguments, constants))
 
-    kernels, launch = {name: getattr(aggregation, name) for name in KERNELS}, tuning.launch
-    host_warp_size = aggregation.WARP_SIZE
+    kernels = [(module, name, getattr(module, name)) for module, names in KERNELS.items() for name in names]
+    launch, host_warp_size = tuning.launch, aggregation.WARP_SIZE
     try:
         aggregation.WARP_SIZE = warp_size
-        for name, kernel in kernels.items():
-            setattr(aggregation, name, Recorder(kernel))
-        tuning.launch = lambda kernel, problem, configs, run, device: [run(**config) for config in configs]
+        for module, name, kernel in kernels:
+            setattr(module, name, Recorder(kernel))
+        tuning.launch = lambda kernel, problem, configs, run, device: [run(**config) for config in configs if not config.get("library")]
         yield
     finally:
-        for name, kernel in kernels.items():
-            setattr(aggregation, name, kernel)
-        tuning.launch = launch
         aggregation.WARP_SIZE = host_warp_size
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
+        tuning.launch = launch

@@ -1,7 +1,8 @@
-"""elsa_attention: what callers may pass, and the registered torch operator behind it."""
+"""elsa_attention and hadamard: what callers may pass, and the registered torch operators behind them."""
 import os
 
 import torch
+import torch.nn.functional as F
 
 from kernels import cpu
 
@@ -193,3 +194,76 @@ def _no_second_derivative(ctx, *grads):
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
 _attention_backward.register_autograd(_no_second_derivative)
+
+
+def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
+    """What ELSA makes its attention maps from: GELU(scale * grouped convolution(q * k) + bias), zero-padded.
+
+    Args:
+        q, k: (B, H, W, Q), channels last and side by side in memory, e.g. slices of one projection.
+        weight: (Q, width, k, k), groups of `width` channels, which divides Q; k odd. bias: (Q,).
+        scale: of the product. dilation: distance between taps.
+
+    Returns (B, H, W, Q) in q's dtype. Differentiable once in q, k, weight and bias. CUDA tensors of float16, bfloat16 and float32 go
+    through Triton kernels, two runs of which are bit-identical, or through the library's convolution where the tuner finds that faster;
+    others through torch. Raises ValueError for shapes that do not fit. Source: arXiv 2112.12786, section 3.1.
+    """
+    if q.ndim != 4 or q.shape != k.shape:
+        raise ValueError(f"q, k: got shapes {tuple(q.shape)} and {tuple(k.shape)}, expected the same (B, H, W, Q) for both")
+    Q = q.shape[3]
+    if weight.ndim != 4 or weight.shape[0] != Q or Q % max(1, weight.shape[1]) or weight.shape[2] != weight.shape[3] or weight.shape[3] % 2 == 0:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected ({Q}, width, k, k) with a width that divides {Q} and an odd k")
+    if tuple(bias.shape) != (Q,):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({Q},)")
+    if (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and q.dtype != torch.float64 and q.numel():
+        q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+        return _hadamard(q, k, weight, bias, float(scale), dilation)[0]
+    h = (q * k * scale).permute(0, 3, 1, 2)
+    return F.gelu(F.conv2d(h, weight, bias, 1, weight.shape[3] // 2 * dilation, dilation, Q // weight.shape[1])).permute(0, 2, 3, 1)
+
+
+@torch.library.custom_op("elsa::hadamard", mutates_args=())
+def _hadamard(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scale: float,
+              dilation: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(GELU(u), u)"""
+    from kernels import generator  # only now, see _rooms
+    with _device(q):
+        return generator.forward(q, k, weight, bias, scale, dilation)
+
+
+@_hadamard.register_fake
+def _fake_hadamard(q, k, weight, bias, scale, dilation):
+    return q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+@torch.library.custom_op("elsa::hadamard_backward", mutates_args=())
+def _hadamard_backward(dz: torch.Tensor, u: torch.Tensor, q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
+                       scale: float, dilation: int) -> list[torch.Tensor]:
+    """Gradients of (q, k, weight, bias)."""
+    from kernels import generator
+    with _device(q):
+        du = torch.ops.aten.gelu_backward(dz.contiguous(), u)
+        dq, dk, dweight = generator.backward(du, q, k, weight, scale, dilation)
+        return [dq, dk, dweight.to(weight.dtype), du.sum((0, 1, 2), dtype=torch.float32).to(bias.dtype)]
+
+
+@_hadamard_backward.register_fake
+def _fake_hadamard_backward(dz, u, q, k, weight, bias, scale, dilation):
+    return [x.new_empty(x.shape) for x in (q, k, weight, bias)]
+
+
+def _setup_hadamard(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.dilation = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_hadamard(ctx, dz, du):
+    if dz is None:
+        return (None,) * 6
+    return *_hadamard_backward(dz, *ctx.saved_tensors, ctx.scale, ctx.dilation), None, None
+
+
+_hadamard.register_autograd(_backward_of_hadamard, setup_context=_setup_hadamard)
+_hadamard_backward.register_autograd(_no_second_derivative)

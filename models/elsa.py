@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import elsa_attention
+from kernels import elsa_attention, hadamard
 
 
 class ELSA(nn.Module):
@@ -82,11 +82,13 @@ class ELSA(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}; ELSA expects (B, H, W, {self.dim}): permute channels-first maps first")
         qkv = F.linear(x, self.pre_proj.weight.flatten(1), self.pre_proj.bias)  # a 1x1 convolution, (B, H, W, 2Q + C)
         *qk, v = qkv.split([self.dim_qk] * (1 + self.hadamard) + [self.dim_v], dim=-1)
-        h = qk[0] * qk[1] if self.hadamard else qk[0]
-        h = (h * self.scale).permute(0, 3, 1, 2)  # (B, Q, H, W)
-        if self.stride > 1:
-            h = F.avg_pool2d(h, self.stride)
-        logits = self.logits(h)
+        convolution, gelu, _ = self.attn
+        if self.hadamard and self.stride == 1:
+            z = hadamard(*qk, convolution.weight, convolution.bias, scale=self.scale, dilation=self.dilation).permute(0, 3, 1, 2)
+        else:
+            h = (qk[0] * qk[1] if self.hadamard else qk[0]) * self.scale
+            z = gelu(convolution(F.avg_pool2d(h.permute(0, 3, 1, 2), self.stride)))  # (B, Q, Ho, Wo)
+        logits = self.logits(z)
 
         dropping = self.training and self.attn_drop.p > 0
         if dropping:  # dropout stands between the softmax and the aggregation, so the softmax cannot stay inside the operator
@@ -97,14 +99,13 @@ class ELSA(nn.Module):
                              lam=self.lam, gamma=self.gamma, normalize=self.softmax and not dropping)  # (B, Ho, Wo, C)
         return self.proj_drop(self.post_proj(out))
 
-    def logits(self, h):
+    def logits(self, z):
         """(B, Q, Ho, Wo) -> (B, G * K, Ho, Wo), contiguous with groups=1: the kernels read the pixels of one tap side by side.
 
-        A 1x1 convolution would leave the logits in the channels_last memory of h. The matrix product writes either layout at the
+        A 1x1 convolution would leave the logits in the channels_last memory of z. The matrix product writes either layout at the
         same cost, but its backward pass makes one weight gradient an image: on maps smaller than a window that costs the most.
         """
-        convolution, gelu, projection = self.attn
-        z = gelu(convolution(h))
+        projection = self.attn[2]
         if projection.groups > 1:
             return projection(z)
         weight = projection.weight.flatten(1)

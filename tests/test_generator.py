@@ -1,0 +1,110 @@
+"""kernels.hadamard, which makes ELSA's attention maps, against torch's own convolution: on the CPU path and on the Triton kernels."""
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from kernels import hadamard
+from models.elsa import ELSA
+from published import assert_close
+from test_kernels import BACKENDS, backend
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def problem(seed=0, B=2, H=4, W=5, groups=3, width=4, k=3, dtype=torch.float32):
+    """q, k as slices of one projection, weight, bias: leaves; and the gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    Q = groups * width
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    projection = draw(B, H, W, 2 * Q + 3).to(dtype)
+    weight, bias = draw(Q, width, k, k) / (width * k * k) ** 0.5, draw(Q)
+    return projection, [weight, bias], draw(B, H, W, Q).to(dtype)
+
+
+def expected(projection, parameters, grad, scale, dilation):
+    """Output and gradients of (projection, weight, bias) in float64."""
+    projection, weight, bias = leaves = [x.double().requires_grad_() for x in (projection, *parameters)]
+    Q, width, k, _ = weight.shape
+    h = (projection[..., :Q] * projection[..., Q:2 * Q] * scale).permute(0, 3, 1, 2)
+    z = F.gelu(F.conv2d(h, weight, bias, padding=k // 2 * dilation, dilation=dilation, groups=Q // width)).permute(0, 2, 3, 1)
+    return [z, *torch.autograd.grad(z, leaves, grad.double())]
+
+
+def ours(projection, parameters, grad, scale, dilation, device):
+    projection, weight, bias = leaves = [x.to(device).requires_grad_() for x in (projection, *parameters)]
+    Q = weight.shape[0]
+    z = hadamard(projection[..., :Q], projection[..., Q:2 * Q], *(x.to(projection.dtype) if device.type == "cpu" else x for x in (weight, bias)),
+                 scale=scale, dilation=dilation)
+    return [x.cpu().double() for x in (z, *torch.autograd.grad(z, leaves, grad.to(device)))]
+
+
+def compare(case, scale, dilation, name, tolerance):
+    wanted = expected(*case, scale, dilation)
+    with backend(name) as device, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the library may win on a GPU
+        for part, reference, result in zip(("z", "dprojection", "dweight", "dbias"), wanted, ours(*case, scale, dilation, device)):
+            assert_close(f"{part}, {name}", reference, result, tolerance)
+
+
+@settings(deadline=None, max_examples=25)
+@given(H=st.integers(1, 6), W=st.integers(1, 6), groups=st.integers(1, 5), width=st.sampled_from([1, 3, 4, 8]), k=st.sampled_from([1, 3, 5]),
+       dilation=st.integers(1, 2), scale=st.sampled_from([1.0, 0.3]), seed=st.integers(0, 999))
+def test_cpu_path_of_torchs_convolution(H, W, groups, width, k, dilation, scale, seed):
+    compare(problem(seed, 1, H, W, groups, width, k), scale, dilation, "cpu", 1e-4)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@settings(deadline=None, max_examples=12)
+@given(H=st.integers(1, 5), W=st.integers(1, 5), groups=st.integers(1, 5), width=st.sampled_from([1, 2, 3, 4, 5, 8, 16, 17]),
+       k=st.sampled_from([1, 3]), dilation=st.integers(1, 2), scale=st.sampled_from([1.0, 0.3]), seed=st.integers(0, 999))
+def test_kernels_of_torchs_convolution(H, W, groups, width, k, dilation, scale, seed):
+    compare(problem(seed, 1, H, W, groups, width, k), scale, dilation, "triton", 1e-4)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_kernels_at_the_published_size_of_window_and_in_every_dtype(dtype):
+    compare(problem(1, 2, 9, 8, 4, 4, 7, dtype), 1.0, 1, "triton", TOLERANCE[dtype])
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+def test_several_tiles_and_chunks(monkeypatch):
+    from kernels import generator
+    monkeypatch.setattr(generator, "CHUNK", 64)
+    compare(problem(2, 2, 13, 11, 5, 4, 3), 1.0, 1, "triton", 1e-4)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+def test_two_runs_are_bit_identical_and_the_operator_is_registered_rightly():
+    projection, (weight, bias), grad = problem(3)
+    with backend("triton") as device:
+        first, second = (ours(projection, (weight, bias), grad, 1.0, 1, device) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
+        q, k = (x.to(device).detach().requires_grad_() for x in (projection[..., :12], projection[..., 12:24]))
+        arguments = (q, k, weight.to(device).requires_grad_(), bias.to(device).requires_grad_(), 1.0, 1)
+        opcheck(torch.ops.elsa.hadamard, arguments)
+        compiled = torch.compile(lambda *x: hadamard(*x) * 2, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*arguments[:4]), hadamard(*arguments[:4]) * 2)
+        with pytest.raises(RuntimeError, match="first derivative only|second"):
+            z = hadamard(*arguments[:4])
+            gradient, = torch.autograd.grad(z.sum(), q, create_graph=True)
+            gradient.sum().backward()
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+def test_a_layer_is_the_same_on_both_paths():
+    torch.manual_seed(0)
+    layer, x = ELSA(12, 2, kernel_size=3, group_width=4, qk_scale=1), torch.randn(2, 5, 4, 12)
+    wanted = layer(x)
+    with backend("triton") as device:
+        assert_close("layer", wanted, layer.to(device)(x.to(device)).cpu(), 1e-5)
+
+
+@pytest.mark.parametrize("change, words", [(dict(q=(1, 4, 5, 8)), "q, k: got shapes"), (dict(weight=(12, 5, 3, 3)), "a width that divides 12"),
+                                           (dict(weight=(12, 4, 2, 2)), "an odd k"), (dict(bias=(11,)), r"bias: got shape \(11,\)")])
+def test_mistakes_are_named(change, words):
+    shapes = {**dict(q=(1, 4, 5, 12), k=(1, 4, 5, 12), weight=(12, 4, 3, 3), bias=(12,)), **change}
+    with pytest.raises(ValueError, match=words):
+        hadamard(*(torch.zeros(shapes[name]) for name in ("q", "k", "weight", "bias")))
