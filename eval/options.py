@@ -28,14 +28,17 @@ def kind(model):
     return {"upernet": "segmenter", "mask": "detector", "cascade": "detector"}.get(model.split("_")[0], "classifier")
 
 
-def settle(options, weights):
-    """Options over what the checkpoint was trained with over defaults -> (Config, names of the checkpoint's classes or None)."""
+def settle(options, weights, photographs=False):
+    """Options over what the checkpoint was trained with over defaults -> (Config, names of the checkpoint's classes or None).
+
+    photographs: the model will see some, even without `data`: what is not known is then as in the recipe for them, not for the scenes.
+    """
     saved, classes = checkpoint_facts(weights) if weights else ({}, None)
     if options["model"] and saved and options["model"] != saved["model"]:
         raise ValueError(f"{weights} was trained as {saved['model']}, not as {options['model']}; name that model or none")
     options["model"] = options["model"] or saved.get("model", "swin_t")
     if not saved:  # the scenes have a size of their own, and so have the photographs of each model's recipe
-        recipe = configuration.RECIPES / f"{options['model']}.yaml" if options.get("data") else configuration.scenes_recipe(options["model"])
+        recipe = configuration.RECIPES / f"{options['model']}.yaml" if photographs or options.get("data") else configuration.scenes_recipe(options["model"])
         saved = configuration.read_recipe(recipe) if recipe.exists() else {}
     config = configuration.Config(batch_size=128)
     for name, value in [(name, saved[name]) for name in TRAINED if name in saved] + list(options.items()):

@@ -31,7 +31,7 @@ def main(argv):
     same = sorted({stem for stem in stems if stems.count(stem) > 1})
     if same:
         raise ValueError(f"several images are called {', '.join(same)}, and the results take their names; predict them one after the other")
-    config, classes = options.settle(given, weights)
+    config, classes = options.settle(given, weights, photographs=True)
     see, own = {"classifier": (classified, imagenet.WNIDS), "segmenter": (segmented, None), "detector": (detected, coco.CLASSES)}[
         options.kind(config.model)]
     if classes is None and config.data and see is not classified:

@@ -17,7 +17,7 @@ from pycocotools import mask as oracle_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from eval import coco
+from eval import coco, options
 from models import create_model
 from run import main
 from test_mask_rcnn import TINY
@@ -315,6 +315,13 @@ def test_train_eval_dump_and_predict(photos, tmp_path, capsys, monkeypatch):
         assert main(arguments) == 2 and words in capsys.readouterr().err
 
 
+def test_published_weights_are_run_as_published(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "published.pt")
+    for model, size in (("mask_rcnn_swin_t", 800), ("upernet_swin_t", 512), ("swin_t", 224)):
+        config, classes = options.settle({"model": model}, tmp_path / "published.pt", photographs=True)
+        assert config.img_size == size and config.model_args == {} and config.patch_size is None and classes is None
+
+
 @pytest.mark.parametrize("name", ["mask_rcnn_swin_t", "cascade_mask_rcnn_swin_t"])
 def test_scenes_train_and_resume_bit_identically(tmp_path, name):
     config = {**SMALL, "model": name, "accumulate": 2}
@@ -332,14 +339,14 @@ def test_scenes_train_and_resume_bit_identically(tmp_path, name):
 def test_two_processes_find_what_one_finds(photos, tmp_path):
     torch.manual_seed(0)
     torch.save(create_model("mask_rcnn_swin_t", attn="elsa", **TINY).state_dict(), tmp_path / "weights.pt")
-    options = ["eval", "mask_rcnn_swin_t", "--attn", "elsa", "--weights", str(tmp_path / "weights.pt"), "--data", str(photos), "--img-size", "64",
+    arguments = ["eval", "mask_rcnn_swin_t", "--attn", "elsa", "--weights", str(tmp_path / "weights.pt"), "--data", str(photos), "--img-size", "64",
                "--limit", "3", "--patch-size", "2", "--window-size", "2", "--device", "cpu", "--model-args", json.dumps(ARGUMENTS)]
     environment = {**{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     outputs = []
     for number, command in enumerate(([sys.executable], launch)):
         dump = tmp_path / f"{number}.json"
-        printed = subprocess.run([*command, "run.py", *options, "--dump", str(dump)], cwd=ROOT, env=environment, check=True, timeout=170,
+        printed = subprocess.run([*command, "run.py", *arguments, "--dump", str(dump)], cwd=ROOT, env=environment, check=True, timeout=170,
                                  capture_output=True, text=True).stdout.splitlines()[2:]
         outputs.append(([line.split("  images/s")[0] for line in printed[:-1]], printed[-1].split("  ")[:4], json.loads(dump.read_text())))
     assert outputs[0] == outputs[1] and outputs[0][1][3] == "3 images" and len(outputs[0][2]) > 100
