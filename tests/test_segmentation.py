@@ -20,6 +20,7 @@ from published import GOLDEN, assert_close, published_state
 from run import main
 from train import segmentation
 from train.config import Config, resolve
+from train.data import MEAN, STD
 from train.loop import learning_rate, train
 
 ROOT = Path(__file__).parents[1]
@@ -247,7 +248,7 @@ def test_augmented_labels_follow_the_pixels(photos):
         assert image.shape == (3, 32, 32) and labels.shape == (32, 32) and labels.dtype == torch.int64
         assert torch.equal(image, training[epoch, 1][0]) and set(labels.unique().tolist()) <= {0, 1, 255}
         inner = F.max_pool2d((labels != labels.roll(1, 1)).float()[None, None], 5, 1, 2)[0, 0] == 0  # away from borders of classes
-        redder = image[0] * segmentation.STD[0] + segmentation.MEAN[0] > image[1] * segmentation.STD[1] + segmentation.MEAN[1]
+        redder = image[0] * STD[0] + MEAN[0] > image[1] * STD[1] + MEAN[1]
         seen = inner & (labels != 255)
         hue_moved = (redder[seen] != (labels[seen] == 0)).float().mean()
         assert hue_moved < 0.05 or hue_moved > 0.95 or seen.sum() < 30, "halves of one image must be told apart, whatever their hue"
