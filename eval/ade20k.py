@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-from models import create_model, load_weights
-from train import config as configuration
+from eval import options
 from train import data
 from train.device import autocast, join_ranks, leave_ranks
 
@@ -103,14 +102,12 @@ def run(config, weights, classes, multi_scale=False, dump=None):
         classes = classes or (segmentation.SegmentationScenes.classes if scenes else segmentation.class_names(config))
         config.num_classes = config.num_classes or len(classes)
         photographs = segmentation.validation_set(config, classes, RATIOS if multi_scale else (1.0,), flip=multi_scale)
-        model = create_model(config.model, attn=config.attn, num_classes=config.num_classes, **configuration.model_overrides(config))
-        if weights:
-            load_weights(model, weights)
+        model = options.load_model(config, weights)
         workers = config.workers if config.workers is not None else data.default_workers(config)
         if rank == 0:
-            print(f"eval {config.model}, attn {config.attn or 'default'}, {weights or 'UNTRAINED: no --weights were given'}\n"
-                  f"  {len(photographs)} images of {config.data or 'held-out rendered scenes'}, short side {config.img_size} px, "
-                  f"{config.num_classes} classes, {'6 scales, each mirrored too' if multi_scale else 'one scale'}, {world} x {device}", flush=True)
+            what = (f"{len(photographs)} images of {config.data or 'held-out rendered scenes'}, short side {config.img_size} px, "
+                    f"{'6 scales, each mirrored too' if multi_scale else 'one scale'}")
+            print(options.heading(config, weights, what, world, device), flush=True)
         result = evaluate(model.to(device), loader(photographs, rank, world, workers), device, config.amp, dump)
         if rank == 0:
             print(table(result, classes))

@@ -10,8 +10,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as rle
 from torch.utils.data import DataLoader, Subset
 
-from models import create_model, load_weights
-from train import config as configuration
+from eval import options
 from train import data
 from train.device import autocast, join_ranks, leave_ranks
 from train.run_folder import replace_atomically
@@ -116,14 +115,11 @@ def run(config, weights, classes, dump=None):
         config.num_classes = config.num_classes or len(names)
         if config.num_classes < len(names):
             raise ValueError(f"num_classes = {config.num_classes}, but the data has {len(names)}; expected at least as many")
-        model = create_model(config.model, attn=config.attn, num_classes=config.num_classes, **configuration.model_overrides(config))
-        if weights:
-            load_weights(model, weights)
+        model = options.load_model(config, weights)
         workers = config.workers if config.workers is not None else data.default_workers(config)
         if rank == 0:
-            print(f"eval {config.model}, attn {config.attn or 'default'}, {weights or 'UNTRAINED: no --weights were given'}\n"
-                  f"  {len(photographs)} images of {config.data or 'held-out rendered scenes'}, short side {config.img_size} px, "
-                  f"{config.num_classes} classes, {world} x {device}", flush=True)
+            what = f"{len(photographs)} images of {config.data or 'held-out rendered scenes'}, short side {config.img_size} px"
+            print(options.heading(config, weights, what, world, device), flush=True)
         result = evaluate(model.to(device), loader(photographs, rank, world, workers), device, config.amp)
         if rank == 0:
             if dump:

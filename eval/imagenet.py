@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from models import create_model, load_weights
-from train import config as configuration
+from eval import options
 from train import data
 from train.device import autocast, join_ranks, leave_ranks
 
@@ -55,16 +54,12 @@ def run(config, weights, classes):
     rank, world, device = join_ranks(config.device)
     try:
         images, config.num_classes = evaluation_set(config, classes)
-        model = create_model(config.model, attn=config.attn, num_classes=config.num_classes, img_size=config.img_size,
-                             **configuration.model_overrides(config))
-        if weights:
-            load_weights(model, weights)
+        model = options.load_model(config, weights)
         workers = config.workers if config.workers is not None else data.default_workers(config)
         loader = data.validation_loader(images, math.ceil(config.batch_size / world), rank, world, workers)
         if rank == 0:
-            print(f"eval {config.model}, attn {config.attn or 'default'}, {weights or 'UNTRAINED: no --weights were given'}\n"
-                  f"  {len(images)} images of {config.data or 'held-out rendered scenes'} at {config.img_size} px, "
-                  f"{config.num_classes} classes, {world} x {device}", flush=True)
+            what = f"{len(images)} images of {config.data or 'held-out rendered scenes'} at {config.img_size} px"
+            print(options.heading(config, weights, what, world, device), flush=True)
         result = evaluate(model.to(device), loader, device, config.amp)
         if rank == 0:
             print(f"top-1 {result['top1']:.2f}  top-5 {result['top5']:.2f}  {result['images']} images  "

@@ -3,6 +3,7 @@ import argparse
 
 import torch
 
+from models import create_model, load_weights
 from train import config as configuration
 
 TRAINED = ("attn", "img_size", "crop_pct", "num_classes", "patch_size", "window_size", "model_args", "seed")  # taken from a checkpoint
@@ -45,6 +46,19 @@ def settle(options, weights, photographs=False):
         setattr(config, name, configuration.cast(name, value))
     configuration.check(config)
     return config, classes
+
+
+def load_model(config, weights):
+    """The model of a Config, with the weights in a file, or fresh ones for None."""
+    model = create_model(config.model, attn=config.attn, num_classes=config.num_classes, img_size=config.img_size,
+                         **configuration.model_overrides(config))
+    return load_weights(model, weights) if weights else model
+
+
+def heading(config, weights, what, world, device):
+    """What is about to be evaluated, in two lines."""
+    return (f"eval {config.model}, attn {config.attn or 'default'}, {weights or 'UNTRAINED: no --weights were given'}\n"
+            f"  {what}, {config.num_classes} classes, {world} x {device}")
 
 
 def checkpoint_facts(path):

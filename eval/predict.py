@@ -8,8 +8,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from eval import ade20k, coco, imagenet, options
-from models import create_model, load_weights
-from train import config as configuration
 from train import data, detection, segmentation
 from train.device import autocast, join_ranks
 
@@ -38,9 +36,7 @@ def main(argv):
         classes = segmentation.class_names(config) if see is segmented else detection.validation_set(config)[1]
     _, _, device = join_ranks(config.device)
     config.num_classes = config.num_classes or (len(classes) if classes else None)
-    model = create_model(config.model, attn=config.attn, num_classes=config.num_classes, img_size=config.img_size,
-                         **configuration.model_overrides(config))
-    model = load_weights(model, weights).to(device).eval()
+    model = options.load_model(config, weights).to(device).eval()
     if classes is None:  # of published weights
         width = config.num_classes or {classified: 1000, segmented: segmentation.ADE20K_CLASSES, detected: 80}[see]
         names = own.read_text().splitlines() if own else []

@@ -71,18 +71,21 @@ class Scenes(Dataset):
     Keys: (epoch, index) for training, index for the held-out scenes. Drawing costs far less than training, so nothing is kept.
     """
     classes = list(scenes.CLASSES)
+    max_objects = 1
 
     def __init__(self, length, size, seed, held_out=False):
         self.length, self.size, self.seed, self.held_out = length, size, seed, held_out
-        self.transform = v2.Compose(TO_FLOAT)
 
     def __len__(self):
         return self.length
 
-    def __getitem__(self, key):
+    def draw(self, key):
         epoch, index = (0, key) if self.held_out else key
-        scene = scenes.draw(self.held_out * scenes.HELD_OUT + epoch * self.length + index, self.seed, self.size, max_objects=1)
-        return self.transform(scene.image), scene.label
+        return scenes.draw(self.held_out * scenes.HELD_OUT + epoch * self.length + index, self.seed, self.size, self.max_objects)
+
+    def __getitem__(self, key):
+        scene = self.draw(key)
+        return to_tensor(scene.image), scene.label
 
 
 class ShareSampler:

@@ -15,11 +15,10 @@ from torch.utils.data import Dataset
 from eval import coco
 from eval.coco import evaluate  # noqa: F401  the loop and the command must count alike
 from train import scenes
-from train.data import HELD_OUT_SCENES, SCENES, fitted, load_image, resized, to_tensor, with_generator
+from train.data import HELD_OUT_SCENES, SCENES, Scenes, fitted, load_image, resized, to_tensor, with_generator
 from train.device import autocast
 
 METRICS = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP"}  # the first chooses the best epoch
-SCENE_OBJECTS = 2  # at most, in a scene
 LONGEST = 5 / 3  # the long side, at most, in short sides: 1333 for 800
 MULTIPLE = 32  # that the sides of images are padded to
 
@@ -56,29 +55,23 @@ def validation_set(config):
     return Photographs(folder, config.img_size, config.val_limit), folder.classes
 
 
-class DetectionScenes(Dataset):
+class DetectionScenes(Scenes):
     """Rendered scenes with their boxes and masks. Keys: (epoch, index) for training, index for the held-out ones.
 
     Training: as AugmentedPhotographs. Held out: as Photographs.
     """
     category_ids = list(range(len(scenes.CLASSES)))
-
-    def __init__(self, length, size, seed, held_out=False):
-        self.length, self.size, self.seed, self.held_out = length, size, seed, held_out
-
-    def __len__(self):
-        return self.length
+    max_objects = 2
 
     def __getitem__(self, key):
-        epoch, index = (0, key) if self.held_out else key
-        scene = scenes.draw(self.held_out * scenes.HELD_OUT + epoch * self.length + index, self.seed, self.size, SCENE_OBJECTS)
+        scene = self.draw(key)
         if not self.held_out:
             return to_tensor(scene.image), scene.boxes, scene.labels, scene.masks
         codes = rle.encode(np.asfortranarray(scene.masks.astype(np.uint8).transpose(1, 2, 0)))
-        annotations = [{"image_id": index, "category_id": int(label), "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)],
+        annotations = [{"image_id": key, "category_id": int(label), "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)],
                         "area": float(mask.sum()), "iscrowd": 0, "segmentation": code}
                        for (x0, y0, x1, y1), label, mask, code in zip(scene.boxes, scene.labels, scene.masks, codes)]
-        return padded(to_tensor(scene.image)), (self.size, self.size), (self.size, self.size), index, annotations
+        return padded(to_tensor(scene.image)), (self.size, self.size), (self.size, self.size), key, annotations
 
     def collate(self, samples):
         return collate(samples)

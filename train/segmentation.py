@@ -15,13 +15,12 @@ from torchvision.transforms.v2 import functional as TF
 from eval import ade20k
 from eval.ade20k import evaluate  # noqa: F401  the loop and the command must count alike
 from train import scenes
-from train.data import HELD_OUT_SCENES, SCENES, fitted, load_image, resized, to_tensor, with_generator
+from train.data import HELD_OUT_SCENES, SCENES, Scenes, fitted, load_image, resized, to_tensor, with_generator
 from train.device import autocast
 
 METRICS = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}  # the first chooses the best epoch
 IGNORED = 255
 ADE20K_CLASSES = 150
-SCENE_OBJECTS = 2  # at most, in a scene
 IMAGES = (".jpg", ".jpeg", ".png")
 
 
@@ -59,24 +58,18 @@ def validation_set(config, classes, ratios=(1.0,), flip=False):
     return Views(folder(config, "validation", classes, config.val_limit), config.img_size, ratios, flip)
 
 
-class SegmentationScenes(Dataset):
+class SegmentationScenes(Scenes):
     """Rendered scenes with their label maps; background is a class. Keys: (epoch, index) for training, index for the held-out ones.
 
     Training: (image (3, size, size) float32, labels (size, size) int64). Held out: as Views.
     """
     classes = ["background", *scenes.CLASSES]
-
-    def __init__(self, length, size, seed, held_out=False):
-        self.length, self.size, self.seed, self.held_out = length, size, seed, held_out
-
-    def __len__(self):
-        return self.length
+    max_objects = 2
 
     def __getitem__(self, key):
-        epoch, index = (0, key) if self.held_out else key
-        scene = scenes.draw(self.held_out * scenes.HELD_OUT + epoch * self.length + index, self.seed, self.size, SCENE_OBJECTS)
+        scene = self.draw(key)
         image, labels = to_tensor(scene.image), torch.from_numpy(scene.label_map.astype(np.int64))
-        return ([(image, False)], labels, f"scene{index}") if self.held_out else (image, labels)
+        return ([(image, False)], labels, f"scene{key}") if self.held_out else (image, labels)
 
 
 class Folder(Dataset):
