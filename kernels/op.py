@@ -188,8 +188,8 @@ def _backward(ctx, grad_out, grad_lse):
 
 
 def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("elsa_attention has a first derivative only; it was differentiated twice (create_graph=True). "
-                       "Use kernels.elsa_attention_reference where a second derivative is needed")
+    raise RuntimeError("elsa_attention and hadamard have a first derivative only; one was differentiated twice (create_graph=True). Use "
+                       "kernels.elsa_attention_reference and torch's convolution where a second derivative is needed")
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

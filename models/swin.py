@@ -173,7 +173,7 @@ class Backbone(Swin):
     """
 
     def __init__(self, frozen_stages=0, **options):
-        super().__init__(num_classes=0, always_shift=True, **options)
+        super().__init__(**{"always_shift": True, **options}, num_classes=0)
         del self.norm, self.head
         self.frozen = [self.patch_embed, *self.layers[:frozen_stages]] if frozen_stages else []
         for module in self.frozen:

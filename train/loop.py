@@ -184,7 +184,7 @@ class Run:
             dist.broadcast(buffer, 0)
         result = self.task.evaluate(self.ema.module if self.ema else self.model, self.validation_loader, self.device, self.config.amp)
         chosen = next(iter(self.task.METRICS))
-        best = result[chosen] > max((row[chosen] for row in self.history), default=-1.0)
+        best = not result[chosen] <= max((row[chosen] for row in self.history), default=-1.0)  # so NaN, of nothing to find, is written, too
         val_loss = {"val_loss": result["loss"]} if "loss" in result else {}
         self.history.append({"epoch": epoch + 1, "train_loss": sum(self.losses) / len(self.losses), **val_loss,
                              **{metric: result[metric] for metric in self.task.METRICS}, "images_per_s": rate, "memory": peak_memory(self.device)})
