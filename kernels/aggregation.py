@@ -1,12 +1,13 @@
 """ELSA's aggregation in Triton: one forward kernel, three backward kernels, and the functions that launch them.
 
-Every kernel gives one program a tile of BY x BX pixels of one head of one sample, walks over the rows of the k x k
-neighbourhood in a loop and over its columns unrolled. Sums are float32 (float64 for float64 input). Nothing is added
-atomically: dv gathers from the output pixels that read it, and the filters' gradients are partial sums, one per program.
+A program computes BP runs of P neighbouring pixels of one head of one sample. It walks over the rows of the k x k neighbourhood in a
+loop and over its columns unrolled, with a window of P pixels of v that advances by one pixel a tap: so a pixel of v is loaded and
+converted once for up to P taps, and so is a filter. Sums are float32 (float64 for float64 input). Nothing is added atomically: dv
+gathers from the output pixels that read it, and the filters' gradients are partial sums, one per program.
 
-Prefixes: p_ pointers, b_ tiles in registers, o_ offsets, m_ masks, s_ strides in elements. Inside one sample offsets are
-32-bit, from sample to sample 64-bit. `rows` is k once more, as a number that the compiler does not know: otherwise it
-unrolls short loops over rows as well, and runs out of registers.
+Prefixes: p_ pointers, b_ tiles in registers, o_ offsets, m_ masks, s_ strides in elements; where P is more than one, most names stand for
+tuples of P tiles. Inside one sample offsets are 32-bit, from sample to sample 64-bit. `rows` is k once more, as a number that the
+compiler does not know: otherwise it unrolls short loops over rows as well, and runs out of registers.
 """
 import torch
 import triton
@@ -14,45 +15,54 @@ import triton.language as tl
 
 from kernels import tuning
 
+LOG2E = tl.constexpr(1.4426950408889634)  # exp2 takes fewer instructions than exp
+
 
 @triton.jit
 def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
                    H, W, Ho, Wo, G, rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_mb, s_ab,
                    k: tl.constexpr, DIL: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
                    ATTN: tl.constexpr, NORM: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
-                   BY: tl.constexpr, BX: tl.constexpr):
+                   P: tl.constexpr, BP: tl.constexpr):
     """out (B, Ho, Wo, C) and, with NORM, the softmax's log-sum-exp (B, G, Ho * Wo)."""
-    b, o_y, o_x = _tile(Ho, Wo, BY, BX)
-    g = tl.program_id(1)
+    b, g, o_y, o_x = _runs(Ho, Wo, P, BP, False)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    m_p = (o_y < Ho) & (o_x < Wo)  # [BP]
-    o_p = o_y * Wo + o_x
+    o_p = o_y * Wo + o_x  # of each run's first pixel
     C = G * D
 
-    p_l = p_logits + b * s_lb + g * (k * k) * s_lc + o_p * s_lp  # [BP]
-    b_lse = tl.zeros([BY * BX], dtype=ACC)
+    p_l = p_logits + b * s_lb + g * (k * k) * s_lc
+    m_p = ()
+    b_lse = ()
+    b_out = ()
+    for p in tl.static_range(P):
+        m_p = m_p + ((o_y < Ho) & (o_x + p < Wo),)
+        b_out = b_out + (tl.zeros([BP, BD], dtype=ACC),)
+        b_lse = b_lse + (tl.zeros([BP], dtype=ACC),)
     if NORM:
-        b_lse = _log_sum_exp(p_l, s_lc, m_p, k * k, ACC)
-        tl.store(p_lse + (b * G + g) * (Ho * Wo) + o_p, b_lse, mask=m_p)
+        b_lse = _log_sum_exp(p_l, s_lc, s_lp, p_lse + (b * G + g) * (Ho * Wo), Ho, Wo, rows, k, P, BP, ACC)
 
+    p_l += o_p * s_lp  # [BP]
     p_v += b * s_vb + g * D
-    p_mul += b * s_mb + g * D
-    p_add += b * s_ab + g * D
-    b_out = tl.zeros([BY * BX, BD], dtype=ACC)
+    p_mul += b * s_mb + g * D + o_d
+    p_add += b * s_ab + g * D + o_d
     for i in range(rows):
         o_vy = o_y * STRIDE + (i - k // 2) * DIL
-        m_y = m_p & (o_vy >= 0) & (o_vy < H)
+        m_y = (o_y < Ho) & (o_vy >= 0) & (o_vy < H)
         p_row = (p_v + o_vy * s_vy + o_x * STRIDE * s_vx)[:, None] + o_d[None, :]  # [BP, BD]
-        for j in tl.static_range(k):
-            o_vx = o_x * STRIDE + (j - k // 2) * DIL
-            m_v = (m_y & (o_vx >= 0) & (o_vx < W))[:, None] & m_d[None, :]
-            b_v = tl.load(p_row + (j - k // 2) * DIL * s_vx, mask=m_v, other=0.0).to(ACC)
-            b_f = _filter(p_l, p_mul + o_d, p_add + o_d, b_lse, m_p, m_d, i * k + j, s_lc, C,
-                          ATTN, NORM, MUL, ADD, ACC)
-            b_out += b_v * b_f
-    p_o = (p_out + b * Ho * Wo * C + g * D + o_p * C)[:, None] + o_d[None, :]
-    tl.store(p_o, b_out, mask=m_p[:, None] & m_d[None, :])
+        b_v = (b_out[0],)  # the window; this tile leaves it before it is used
+        for j in tl.static_range(P - 1 + k):
+            b_v = b_v + (_pixel(p_row, o_x * STRIDE, j - k // 2, DIL, s_vx, W, m_y, m_d, ACC),)
+            if j >= P - 1:  # the window is full: of tap j - (P - 1)
+                b_v = b_v[1:]
+                t = i * k + j - (P - 1)
+                b_m, b_a = _ghosts(p_mul, p_add, m_d, t * C, MUL, ADD, ACC)
+                for p in tl.static_range(P):
+                    b_f = _filter(p_l + t * s_lc + p * s_lp, b_m, b_a, b_lse[p], m_p[p], ATTN, NORM, MUL, ADD, ACC)
+                    b_out = b_out[:p] + (b_out[p] + b_v[p] * b_f,) + b_out[p + 1:]
+    for p in tl.static_range(P):
+        p_o = (p_out + b * Ho * Wo * C + g * D + (o_p + p) * C)[:, None] + o_d[None, :]
+        tl.store(p_o, b_out[p], mask=m_p[p][:, None] & m_d[None, :])
 
 
 @triton.jit
@@ -60,45 +70,48 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
               H, W, Ho, Wo, G, rows, s_lb, s_lc, s_lp, s_mb, s_ab,
               k: tl.constexpr, DIL: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
               ATTN: tl.constexpr, NORM: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
-              BY: tl.constexpr, BX: tl.constexpr):
+              P: tl.constexpr, BP: tl.constexpr):
     """dv (B, H, W, C): input pixel (y, x) is tap (i, j) of output pixel ((y - (i-r) DIL) / STRIDE, (x - (j-r) DIL) / STRIDE)."""
-    b, o_y, o_x = _tile(H, W, BY, BX)
-    g = tl.program_id(1)
+    b, g, o_y, o_x = _runs(H, W, P, BP, False)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    m_p = (o_y < H) & (o_x < W)
     C = G * D
 
     p_logits += b * s_lb + g * (k * k) * s_lc
     p_lse += (b * G + g) * (Ho * Wo)
     p_go += b * Ho * Wo * C + g * D
-    p_mul += b * s_mb + g * D
-    p_add += b * s_ab + g * D
-    b_dv = tl.zeros([BY * BX, BD], dtype=ACC)
+    p_mul += b * s_mb + g * D + o_d
+    p_add += b * s_ab + g * D + o_d
+    b_dv = ()
+    for p in tl.static_range(P):
+        b_dv = b_dv + (tl.zeros([BP, BD], dtype=ACC),)
     for i in range(rows):
         o_qy = o_y - (i - k // 2) * DIL
-        m_y = m_p & (o_qy >= 0)
+        m_y = (o_y < H) & (o_qy >= 0)
         if STRIDE > 1:
             m_y &= o_qy % STRIDE == 0
             o_qy = o_qy // STRIDE
         m_y &= o_qy < Ho
-        for j in tl.static_range(k):
-            o_qx = o_x - (j - k // 2) * DIL
-            m_q = m_y & (o_qx >= 0)
-            if STRIDE > 1:
-                m_q &= o_qx % STRIDE == 0
-                o_qx = o_qx // STRIDE
-            m_q &= o_qx < Wo
-            o_q = o_qy * Wo + o_qx  # [BP]
-            b_go = tl.load((p_go + o_q * C)[:, None] + o_d[None, :], mask=m_q[:, None] & m_d[None, :], other=0.0).to(ACC)
-            b_lse = tl.zeros([BY * BX], dtype=ACC)
+        b_go, b_lse, m_q = (b_dv[0],), (tl.zeros([BP], dtype=ACC),), (m_y,)  # the window; these leave it before they are used
+        for j in tl.static_range(P - 1 + k):
+            o_q, column, m_new = _reader(o_qy, o_x, j - k // 2, m_y, Wo, DIL, STRIDE)
+            new = tl.load((p_go + o_q * C)[:, None] + o_d[None, :] + column * C, mask=m_new[:, None] & m_d[None, :], other=0.0).to(ACC)
+            b_go, m_q = b_go + (new,), m_q + (m_new,)
             if NORM:
-                b_lse = tl.load(p_lse + o_q, mask=m_q, other=0.0)
-            b_f = _filter(p_logits + o_q * s_lp, p_mul + o_d, p_add + o_d, b_lse, m_q, m_d, i * k + j, s_lc, C,
-                          ATTN, NORM, MUL, ADD, ACC)
-            b_dv += b_go * b_f
-    p_o = (p_dv + b * H * W * C + g * D + (o_y * W + o_x) * C)[:, None] + o_d[None, :]
-    tl.store(p_o, b_dv, mask=m_p[:, None] & m_d[None, :])
+                b_lse = b_lse + (tl.load(p_lse + o_q + column, mask=m_new, other=0.0),)
+            else:
+                b_lse = b_lse + (b_lse[0],)
+            if j >= P - 1:  # the window is full: of tap k - 1 - (j - P + 1)
+                b_go, b_lse, m_q = b_go[1:], b_lse[1:], m_q[1:]
+                t = i * k + k + P - 2 - j
+                b_m, b_a = _ghosts(p_mul, p_add, m_d, t * C, MUL, ADD, ACC)
+                for p in tl.static_range(P):
+                    p_l = p_logits + o_q * s_lp + (column - (P - 1 - p)) * s_lp + t * s_lc
+                    b_f = _filter(p_l, b_m, b_a, b_lse[p], m_q[p], ATTN, NORM, MUL, ADD, ACC)
+                    b_dv = b_dv[:p] + (b_dv[p] + b_go[p] * b_f,) + b_dv[p + 1:]
+    for p in tl.static_range(P):
+        p_o = (p_dv + b * H * W * C + g * D + (o_y * W + o_x + p) * C)[:, None] + o_d[None, :]
+        tl.store(p_o, b_dv[p], mask=((o_y < H) & (o_x + p < W))[:, None] & m_d[None, :])
 
 
 @triton.jit
@@ -106,58 +119,71 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
                    H, W, Ho, Wo, G, rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_db, s_dc, s_dp, s_mb,
                    k: tl.constexpr, DIL: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
                    NORM: tl.constexpr, MUL: tl.constexpr, ACC: tl.constexpr,
-                   BY: tl.constexpr, BX: tl.constexpr):
+                   P: tl.constexpr, BP: tl.constexpr):
     """dlogits, laid out as logits are.
 
     da[t] = sum_c go * v(tap t) * mul[c, t]; through the softmax dlogits[t] = a[t] (da[t] - sum_t a da). The inner sum is
     go . (attention part of out), so a first walk over the taps needs one multiply-add per tap and channel and no reduction.
     """
-    b, o_y, o_x = _tile(Ho, Wo, BY, BX)
-    g = tl.program_id(1)
+    b, g, o_y, o_x = _runs(Ho, Wo, P, BP, False)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    m_p = (o_y < Ho) & (o_x < Wo)
     o_p = o_y * Wo + o_x
     C = G * D
 
     p_l = p_logits + b * s_lb + g * (k * k) * s_lc + o_p * s_lp
     p_d = p_dlogits + b * s_db + g * (k * k) * s_dc + o_p * s_dp
     p_v += b * s_vb + g * D
-    p_mul += b * s_mb + g * D
-    p_g = (p_go + b * Ho * Wo * C + g * D + o_p * C)[:, None] + o_d[None, :]
-    b_go = tl.load(p_g, mask=m_p[:, None] & m_d[None, :], other=0.0).to(ACC)
-    b_lse = tl.zeros([BY * BX], dtype=ACC)
-    b_sum = tl.zeros([BY * BX], dtype=ACC)
+    p_mul += b * s_mb + g * D + o_d
+    m_p, b_go, b_lse, b_sum, b_attended = (), (), (), (), ()
+    for p in tl.static_range(P):
+        m = (o_y < Ho) & (o_x + p < Wo)
+        m_p = m_p + (m,)
+        p_g = (p_go + b * Ho * Wo * C + g * D + (o_p + p) * C)[:, None] + o_d[None, :]
+        b_go = b_go + (tl.load(p_g, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC),)
+        b_sum = b_sum + (tl.zeros([BP], dtype=ACC),)
+        b_attended = b_attended + (tl.zeros([BP, BD], dtype=ACC),)
+        if NORM:
+            b_lse = b_lse + (tl.load(p_lse + (b * G + g) * (Ho * Wo) + o_p + p, mask=m, other=0.0),)
+        else:
+            b_lse = b_lse + (b_sum[0],)
     if NORM:
-        b_lse = tl.load(p_lse + (b * G + g) * (Ho * Wo) + o_p, mask=m_p, other=0.0)
-        b_attended = tl.zeros([BY * BX, BD], dtype=ACC)
         for i in range(rows):
             o_vy = o_y * STRIDE + (i - k // 2) * DIL
-            m_y = m_p & (o_vy >= 0) & (o_vy < H)
+            m_y = (o_y < Ho) & (o_vy >= 0) & (o_vy < H)
             p_row = (p_v + o_vy * s_vy + o_x * STRIDE * s_vx)[:, None] + o_d[None, :]
-            for j in tl.static_range(k):
-                o_vx = o_x * STRIDE + (j - k // 2) * DIL
-                m_v = (m_y & (o_vx >= 0) & (o_vx < W))[:, None] & m_d[None, :]
-                b_v = tl.load(p_row + (j - k // 2) * DIL * s_vx, mask=m_v, other=0.0).to(ACC)
-                b_f = _filter(p_l, p_mul + o_d, p_mul + o_d, b_lse, m_p, m_d, i * k + j, s_lc, C,
-                              True, True, MUL, False, ACC)
-                b_attended += b_v * b_f
-        b_sum = tl.sum(b_go * b_attended, axis=1)
+            b_v = (b_attended[0],)
+            for j in tl.static_range(P - 1 + k):
+                b_v = b_v + (_pixel(p_row, o_x * STRIDE, j - k // 2, DIL, s_vx, W, m_y, m_d, ACC),)
+                if j >= P - 1:
+                    b_v = b_v[1:]
+                    t = i * k + j - (P - 1)
+                    b_m, b_a = _ghosts(p_mul, p_mul, m_d, t * C, MUL, False, ACC)
+                    for p in tl.static_range(P):
+                        b_f = _filter(p_l + t * s_lc + p * s_lp, b_m, b_a, b_lse[p], m_p[p], True, True, MUL, False, ACC)
+                        b_attended = b_attended[:p] + (b_attended[p] + b_v[p] * b_f,) + b_attended[p + 1:]
+        b_sum = ()
+        for p in tl.static_range(P):
+            b_sum = b_sum + (tl.sum(b_go[p] * b_attended[p], axis=1),)
     for i in range(rows):
         o_vy = o_y * STRIDE + (i - k // 2) * DIL
-        m_y = m_p & (o_vy >= 0) & (o_vy < H)
+        m_y = (o_y < Ho) & (o_vy >= 0) & (o_vy < H)
         p_row = (p_v + o_vy * s_vy + o_x * STRIDE * s_vx)[:, None] + o_d[None, :]
-        for j in tl.static_range(k):
-            o_vx = o_x * STRIDE + (j - k // 2) * DIL
-            m_v = (m_y & (o_vx >= 0) & (o_vx < W))[:, None] & m_d[None, :]
-            b_v = tl.load(p_row + (j - k // 2) * DIL * s_vx, mask=m_v, other=0.0).to(ACC)
-            if MUL:
-                b_v *= tl.load(p_mul + (i * k + j) * C + o_d, mask=m_d, other=0.0).to(ACC)[None, :]
-            b_d = tl.sum(b_go * b_v, axis=1)  # [BP]
-            if NORM:
-                b_a = tl.exp(tl.load(p_l + (i * k + j) * s_lc, mask=m_p, other=0.0).to(ACC) - b_lse)
-                b_d = b_a * (b_d - b_sum)
-            tl.store(p_d + (i * k + j) * s_dc, b_d, mask=m_p)
+        b_v = (b_attended[0],)
+        for j in tl.static_range(P - 1 + k):
+            b_v = b_v + (_pixel(p_row, o_x * STRIDE, j - k // 2, DIL, s_vx, W, m_y, m_d, ACC),)
+            if j >= P - 1:
+                b_v = b_v[1:]
+                t = i * k + j - (P - 1)
+                b_m, b_a = _ghosts(p_mul, p_mul, m_d, t * C, MUL, False, ACC)
+                for p in tl.static_range(P):
+                    b_product = b_go[p] * b_v[p]
+                    if MUL:
+                        b_product *= b_m
+                    b_d = tl.sum(b_product, axis=1)  # [BP]
+                    if NORM:
+                        b_d = _weight(p_l + t * s_lc + p * s_lp, b_lse[p], m_p[p], True, ACC) * (b_d - b_sum[p])
+                    tl.store(p_d + t * s_dc + p * s_dp, b_d, mask=m_p[p])
 
 
 @triton.jit
@@ -165,113 +191,187 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
                   H, W, Ho, Wo, G, chunk, n_chunks, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp,
                   k: tl.constexpr, DIL: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
                   ATTN: tl.constexpr, NORM: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
-                  BP: tl.constexpr, BJ: tl.constexpr):
-    """Partial dmul and dadd, (B * n_chunks, K, C): one program sums BJ neighbouring taps over `chunk` pixels of one sample."""
-    n = tl.program_id(0)  # sample * n_chunks + chunk
+                  P: tl.constexpr, BP: tl.constexpr, BJ: tl.constexpr):
+    """Partial dmul and dadd, (B * n_chunks, k, k rounded up to blocks of BJ, C): a program sums BJ neighbouring taps over `chunk` runs.
+
+    The programs of one chunk follow each other, so that what the first reads of v and of go the others find in the cache.
+    """
+    blocks: tl.constexpr = (k + BJ - 1) // BJ
+    n = tl.program_id(0) // (k * blocks)  # sample * n_chunks + chunk
+    row = tl.program_id(0) % (k * blocks)  # of taps, or a part of one
+    i, first_j = row // blocks, row % blocks * BJ
     b = (n // n_chunks).to(tl.int64)
-    first = (n % n_chunks) * chunk
     g = tl.program_id(1)
-    n_blocks = (k + BJ - 1) // BJ
-    i = tl.program_id(2) // n_blocks
-    o_j = (tl.program_id(2) % n_blocks) * BJ + tl.arange(0, BJ)
-    m_j = o_j < k
+    per_row = (Wo + P - 1) // P
+    first = n % n_chunks * chunk
+    last = tl.minimum(first + chunk, Ho * per_row)
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     C = G * D
 
     p_v += b * s_vb + g * D
     p_go += b * Ho * Wo * C + g * D
-    p_l = p_logits + b * s_lb + g * (k * k) * s_lc + (i * k + o_j) * s_lc  # [BJ]
+    p_logits += b * s_lb + (g * (k * k) + i * k) * s_lc
     p_lse += (b * G + g) * (Ho * Wo)
-    b_dmul = tl.zeros([BJ, BP, BD], dtype=ACC)
-    b_dadd = tl.zeros([BJ, BP, BD], dtype=ACC)
-    for start in range(first, tl.minimum(first + chunk, Ho * Wo), BP):
-        o_p = start + tl.arange(0, BP)
-        m_p = (o_p < first + chunk) & (o_p < Ho * Wo)
-        o_vy = (o_p // Wo) * STRIDE + (i - k // 2) * DIL
-        o_vx = (o_p % Wo)[None, :] * STRIDE + (o_j - k // 2)[:, None] * DIL  # [BJ, BP]
-        m_v = (m_p & (o_vy >= 0) & (o_vy < H))[None, :] & (o_vx >= 0) & (o_vx < W) & m_j[:, None]
-        b_go = tl.load((p_go + o_p * C)[:, None] + o_d[None, :], mask=m_p[:, None] & m_d[None, :], other=0.0).to(ACC)
-        p_tap = (p_v + (o_vy * s_vy)[None, :] + o_vx * s_vx)[:, :, None] + o_d[None, None, :]
-        b_v = tl.load(p_tap, mask=m_v[:, :, None] & m_d[None, None, :], other=0.0).to(ACC)  # [BJ, BP, BD]
-        b_product = b_v * b_go[None, :, :]
+    b_dmul, b_dadd = (), ()
+    for j in tl.static_range(BJ):
+        b_dmul = b_dmul + (tl.zeros([BP, BD], dtype=ACC),)
+        b_dadd = b_dadd + (tl.zeros([BP, BD], dtype=ACC),)
+    for start in range(first, last, BP):
+        o_n = start + tl.arange(0, BP)
+        o_y, o_x = o_n // per_row, o_n % per_row * P
+        o_p = o_y * Wo + o_x
+        o_vy = o_y * STRIDE + (i - k // 2) * DIL
+        m_y = (o_n < last) & (o_vy >= 0) & (o_vy < H)
+        p_row = (p_v + o_vy * s_vy + o_x * STRIDE * s_vx)[:, None] + o_d[None, :]
+        m_p, b_go, b_lse = (), (), ()
+        for p in tl.static_range(P):
+            m = (o_n < last) & (o_x + p < Wo)
+            m_p = m_p + (m,)
+            p_g = (p_go + (o_p + p) * C)[:, None] + o_d[None, :]
+            b_go = b_go + (tl.load(p_g, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC),)
+            if MUL and NORM:
+                b_lse = b_lse + (tl.load(p_lse + o_p + p, mask=m, other=0.0),)
+            else:
+                b_lse = b_lse + (0.0,)
+        for c in tl.static_range(BJ + P - 1):
+            b_v = _pixel(p_row, o_x * STRIDE, first_j + c - k // 2, DIL, s_vx, W, m_y, m_d, ACC)
+            for p in tl.static_range(P):
+                if c - p >= 0 and c - p < BJ:
+                    b_product = b_v * b_go[p]
+                    if ADD:
+                        b_dadd = b_dadd[:c - p] + (b_dadd[c - p] + b_product,) + b_dadd[c - p + 1:]
+                    if MUL:
+                        p_l = p_logits + (o_p + p) * s_lp + tl.minimum(first_j + c - p, k - 1) * s_lc
+                        b_a = _weight(p_l, b_lse[p], m_p[p], NORM, ACC)
+                        b_dmul = b_dmul[:c - p] + (b_dmul[c - p] + b_product * b_a[:, None],) + b_dmul[c - p + 1:]
+    for j in tl.static_range(BJ):
+        o_f = (n.to(tl.int64) * (k * blocks) + row) * BJ * C + j * C + g * D + o_d
         if ADD:
-            b_dadd += b_product
+            tl.store(p_dadd + o_f, tl.sum(b_dadd[j], axis=0), mask=m_d)
         if MUL:
-            b_a = tl.load(p_l[:, None] + o_p[None, :] * s_lp, mask=m_v, other=0.0).to(ACC)
-            if NORM:
-                b_a = tl.exp(b_a - tl.load(p_lse + o_p, mask=m_p, other=0.0)[None, :])
-            b_dmul += b_product * b_a[:, :, None]
-    o_f = n.to(tl.int64) * (k * k) * C + ((i * k + o_j) * C + g * D)[:, None] + o_d[None, :]  # [BJ, BD]
-    m_f = m_j[:, None] & m_d[None, :]
-    if ADD:
-        tl.store(p_dadd + o_f, tl.sum(b_dadd, axis=1), mask=m_f)
-    if MUL:
-        tl.store(p_dmul + o_f, tl.sum(b_dmul, axis=1), mask=m_f)
+            tl.store(p_dmul + o_f, tl.sum(b_dmul[j], axis=0), mask=m_d)
 
 
 @triton.jit
-def _tile(H, W, BY: tl.constexpr, BX: tl.constexpr):
-    """The program's sample, and the rows and columns of its tile, each [BY * BX]."""
-    tiles_x = (W + BX - 1) // BX
-    tiles = (H + BY - 1) // BY * tiles_x
-    tile = tl.program_id(0) % tiles
-    o_p = tl.arange(0, BY * BX)
+def _runs(H, W, P: tl.constexpr, BP: tl.constexpr, EVERY: tl.constexpr):
+    """The program's sample and head, and rows and columns of the first pixel of each of its runs, [BP], or of EVERY pixel, [BP * P]."""
+    per_row = (W + P - 1) // P
+    tiles = (H * per_row + BP - 1) // BP
+    first = tl.program_id(0) % tiles * BP
     b = (tl.program_id(0) // tiles).to(tl.int64)
-    return b, tile // tiles_x * BY + o_p // BX, tile % tiles_x * BX + o_p % BX
-
-
-@triton.jit
-def _log_sum_exp(p_l, s_lc, m_p, K: tl.constexpr, ACC: tl.constexpr):
-    """log(sum_t exp(logits[t])) of each pixel, in two walks, so that a logit of -inf is a weight of zero and not a NaN."""
-    b_max = tl.load(p_l, mask=m_p, other=0.0).to(ACC)
-    for t in range(1, K):
-        b_max = tl.maximum(b_max, tl.load(p_l + t * s_lc, mask=m_p, other=0.0).to(ACC))
-    b_sum = tl.zeros_like(b_max)
-    for t in range(K):
-        b_sum += tl.exp(tl.load(p_l + t * s_lc, mask=m_p, other=0.0).to(ACC) - b_max)
-    return b_max + tl.log(b_sum)
-
-
-@triton.jit
-def _filter(p_l, p_m, p_a, b_lse, m_p, m_d, t, s_lc, C,
-            ATTN: tl.constexpr, NORM: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr):
-    """Tap t of the combined filter a * mul + add, broadcastable to [BP, BD]."""
-    if ATTN:
-        b_a = tl.load(p_l + t * s_lc, mask=m_p, other=0.0).to(ACC)
-        if NORM:
-            b_a = tl.exp(b_a - b_lse)
-        b_f = b_a[:, None]
-        if MUL:
-            b_f = b_f * tl.load(p_m + t * C, mask=m_d, other=0.0).to(ACC)[None, :]
-        if ADD:
-            b_f = b_f + tl.load(p_a + t * C, mask=m_d, other=0.0).to(ACC)[None, :]
+    if EVERY:
+        o_n = tl.arange(0, BP * P)
+        o_y, o_x = (first + o_n // P) // per_row, (first + o_n // P) % per_row * P + o_n % P
     else:
-        b_f = tl.load(p_a + t * C, mask=m_d, other=0.0).to(ACC)[None, :]
+        o_n = first + tl.arange(0, BP)
+        o_y, o_x = o_n // per_row, o_n % per_row * P
+    return b, tl.program_id(1), o_y, o_x
+
+
+@triton.jit
+def _pixel(p_row, o_x, column, DIL: tl.constexpr, s_x, W, m_y, m_d, ACC: tl.constexpr):
+    """One pixel of each run's window, `column` steps of DIL from o_x: [BP, BD]."""
+    o_vx = o_x + column * DIL
+    m_v = m_y & (o_vx >= 0) & (o_vx < W)
+    return tl.load(p_row + column * DIL * s_x, mask=m_v[:, None] & m_d[None, :], other=0.0).to(ACC)
+
+
+@triton.jit
+def _reader(o_qy, o_x, column: tl.constexpr, m_y, Wo, DIL: tl.constexpr, STRIDE: tl.constexpr):
+    """The output pixel `column` steps of DIL to the right: its offset, [BP] plus a number, and whether there is one."""
+    o_qx = o_x + column * DIL
+    if STRIDE == 1:
+        return o_qy * Wo + o_x, column * DIL, m_y & (o_qx >= 0) & (o_qx < Wo)
+    else:
+        return o_qy * Wo + o_qx // STRIDE, 0, m_y & (o_qx >= 0) & (o_qx % STRIDE == 0) & (o_qx // STRIDE < Wo)
+
+
+@triton.jit
+def _log_sum_exp(p_l, s_lc, s_lp, p_lse, Ho, Wo, rows, k: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, ACC: tl.constexpr):
+    """log(sum_t exp(logits[t])) of each pixel, row by row with a running maximum."""
+    _, _, o_y, o_x = _runs(Ho, Wo, P, BP, True)  # [BP * P], so that no two threads take the same pixel
+    m_p = (o_y < Ho) & (o_x < Wo)
+    p_row = p_l + (o_y * Wo + o_x) * s_lp
+    b_max = tl.full([BP * P], -float("inf"), dtype=ACC)
+    b_sum = tl.zeros([BP * P], dtype=ACC)
+    for i in range(rows):
+        b_row = ()
+        b_new = b_max
+        for j in tl.static_range(k):
+            b_row = b_row + (tl.load(p_row + j * s_lc, mask=m_p, other=0.0).to(ACC),)
+            b_new = tl.maximum(b_new, b_row[j])
+        b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)  # of nothing but -inf, every weight is zero so far, not NaN
+        b_sum *= tl.exp2((b_max - b_shift) * LOG2E)
+        for j in tl.static_range(k):
+            b_sum += tl.exp2((b_row[j] - b_shift) * LOG2E)
+        b_max = b_new
+        p_row += k * s_lc
+    b_lse = b_max + tl.log(b_sum)
+    tl.store(p_lse + o_y * Wo + o_x, b_lse, mask=m_p)
+    return _unstack(b_lse, P, BP)
+
+
+@triton.jit
+def _unstack(x, P: tl.constexpr, BP: tl.constexpr):
+    """[BP * P] -> P tiles [BP]."""
+    if P == 1:
+        return (x,)
+    elif P == 2:
+        return tl.split(tl.reshape(x, [BP, 2]))
+    else:
+        even, odd = tl.split(tl.reshape(x, [BP, 2, 2]))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return first, second, third, fourth
+
+
+@triton.jit
+def _weight(p_l, b_lse, m_p, NORM: tl.constexpr, ACC: tl.constexpr):
+    """The attention of one tap, [BP]."""
+    b_a = tl.load(p_l, mask=m_p, other=0.0).to(ACC)
+    if NORM:
+        b_a = tl.exp2((b_a - b_lse) * LOG2E)
+    return b_a
+
+
+@triton.jit
+def _ghosts(p_mul, p_add, m_d, offset, MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr):
+    """One tap of both static filters, [1, BD] each."""
+    b_m, b_a = 1.0, 0.0
+    if MUL:
+        b_m = tl.load(p_mul + offset, mask=m_d, other=0.0).to(ACC)[None, :]
+    if ADD:
+        b_a = tl.load(p_add + offset, mask=m_d, other=0.0).to(ACC)[None, :]
+    return b_m, b_a
+
+
+@triton.jit
+def _filter(p_l, b_m, b_a, b_lse, m_p, ATTN: tl.constexpr, NORM: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr):
+    """One tap of the combined filter a * mul + add, broadcastable to [BP, BD]."""
+    b_f = b_a
+    if ATTN:
+        b_f = _weight(p_l, b_lse, m_p, NORM, ACC)[:, None]
+        if MUL:
+            b_f = b_f * b_m
+        if ADD:
+            b_f = b_f + b_a
     return b_f
 
 
-# Candidates of the tuner; the first is taken where nothing can be measured. D is the padded head width.
+# Candidates of the tuner; the first is taken where nothing can be measured.
 
 WARP_SIZE = 64 if torch.version.hip else 32
 
 
-def tile_configs(D):
-    """Tiles of at most 64 pixels: then a logit is loaded by the threads that use it and never passes through shared memory."""
-    shapes = [(4, 16, 128, 255), (2, 16, 128, 168), (4, 8, 64, 255)] if D <= 64 else [(2, 8, 128, 255), (2, 8, 256, 255), (1, 8, 128, 255)]
-    return [dict(BY=y, BX=x, **_threads(threads, registers)) for y, x, threads, registers in shapes]
+def run_configs(BD, *limits):
+    """Runs of a program: eight channels of one run a thread, which are one 16-byte load of 16-bit values. BD: the padded head width."""
+    return [dict(BP=max(1, 8 * threads // BD), num_warps=threads // WARP_SIZE, **registers(limit)) for threads in (128, 64) for limit in limits]
 
 
-def dghost_configs(D, kernel_size):
-    """BJ taps times BP pixels times D channels are held in registers; about 2048 of them."""
-    BJ = triton.next_power_of_2(kernel_size)
-    blocks = dict.fromkeys([(BJ, max(1, 64 // BJ)), (min(BJ, 4), 16), (min(BJ, 2), 32)])
-    return [dict(BJ=j, BP=max(1, p * 32 // max(D, 32)), **_threads(128, 255)) for j, p in blocks]
-
-
-def _threads(threads, registers):
-    """Launch options. Left to itself, ptxas spills a few bytes for the sake of occupancy; given a limit, it keeps to it."""
-    return dict(num_warps=threads // WARP_SIZE, **(dict(maxnreg=registers) if WARP_SIZE == 32 else {}))
+def registers(limit):
+    """A limit of registers a thread. Left to itself, None, the compiler spills a few bytes in some kernels for the sake of occupancy."""
+    return dict(maxnreg=limit) if limit and WARP_SIZE == 32 else {}
 
 
 def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
@@ -289,7 +389,7 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
             s.v, s.logits, s.mul, s.add, out, lse, *s.sizes, kernel_size, *s.v_strides, *s.logits_strides, s.mul_stride, s.add_stride,
             **s.constants, **s.flags, **config)
 
-    tuning.launch("forward", s.key, tile_configs(s.constants["BD"]), launch, v.device)
+    tuning.launch("forward", s.key, run_configs(s.constants["BD"], None, 255), launch, v.device)
     return out, lse
 
 
@@ -306,7 +406,7 @@ def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, 
                 go, s.logits, s.mul, s.add, lse, dv, *s.sizes, kernel_size, *s.logits_strides, s.mul_stride, s.add_stride,
                 **s.constants, **s.flags, **config)
 
-        tuning.launch("dv", s.key, tile_configs(s.constants["BD"]), launch_dv, v.device)
+        tuning.launch("dv", s.key, run_configs(s.constants["BD"], None), launch_dv, v.device)
     if needs[1]:
         dlogits = torch.empty_like(s.logits)
         dlogits = dlogits if _pixel_strides(dlogits) else torch.empty(dlogits.shape, dtype=v.dtype, device=v.device)
@@ -318,36 +418,33 @@ def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, 
                 s.v, go, s.logits, s.mul, lse, dlogits, *s.sizes, kernel_size, *s.v_strides, *s.logits_strides, *strides, s.mul_stride,
                 **s.constants, **flags, **config)
 
-        tuning.launch("dlogits", s.key, tile_configs(s.constants["BD"]), launch_dlogits, v.device)
+        tuning.launch("dlogits", s.key, run_configs(s.constants["BD"], 255), launch_dlogits, v.device)
     if needs[2] or needs[3]:
         dmul, dadd = _dghost(s, go, lse, mul, add, needs)
     return dv, dlogits, dmul, dadd
 
 
-CHUNK = 4096  # pixels that one program of dghost_kernel sums
+CHUNK = 1024  # runs that one program of dghost_kernel sums
 
 
 def _dghost(s, go, lse, mul, add, needs):
-    n_chunks = triton.cdiv(s.Ho * s.Wo, CHUNK)
-    chunk = triton.cdiv(s.Ho * s.Wo, n_chunks)
-    k, K = s.constants["k"], s.constants["k"] ** 2
-    parts = [torch.empty(s.B * n_chunks, K, s.C, dtype=s.accumulator, device=go.device) if need else s.nothing for need in needs[2:]]
+    runs = s.Ho * triton.cdiv(s.Wo, s.constants["P"])
+    n_chunks = triton.cdiv(runs, CHUNK)
+    k = s.constants["k"]
+    BJ = triton.cdiv(k, triton.cdiv(k, 7))  # sums for eight channels of each of seven taps are what a thread can hold
+    blocks = triton.cdiv(k, BJ)
+    parts = [torch.empty(s.B, n_chunks, k, blocks * BJ, s.C, dtype=s.accumulator, device=go.device) if need else s.nothing for need in needs[2:]]
     flags = dict(s.flags, MUL=needs[2], ADD=needs[3])
 
     def launch(**config):
-        dghost_kernel[(s.B * n_chunks, s.G, k * triton.cdiv(k, config["BJ"]))](
-            s.v, go, s.logits, lse, *parts, *s.sizes, chunk, n_chunks, *s.v_strides, *s.logits_strides,
-            **s.constants, **flags, **config)
+        dghost_kernel[(s.B * n_chunks * k * blocks, s.G)](
+            s.v, go, s.logits, lse, *parts, *s.sizes, triton.cdiv(runs, n_chunks), n_chunks, *s.v_strides, *s.logits_strides,
+            **s.constants, **flags, BJ=BJ, **config)
 
-    tuning.launch("dghost", s.key, dghost_configs(s.constants["BD"], k), launch, go.device)
-    grads = []
-    for need, part, ghost in zip(needs[2:], parts, (mul, add)):
-        if need:  # (B * n_chunks, K, C) -> (C, k, k), or (B, C, k, k) for per-sample filters
-            total = part.sum(0) if ghost.ndim == 3 else part.view(s.B, n_chunks, K, s.C).sum(1)
-            grads.append(total.transpose(-1, -2).reshape(ghost.shape))
-        else:
-            grads.append(None)
-    return grads
+    tuning.launch("dghost", s.key, run_configs(s.constants["BD"], 255), launch, go.device)
+    # (B, n_chunks, k, k.., C) -> (C, k, k), or (B, C, k, k) for per-sample filters
+    return [part[:, :, :, :k].sum((0, 1) if ghost.ndim == 3 else 1).movedim(-1, -3).contiguous() if need else None
+            for need, part, ghost in zip(needs[2:], parts, (mul, add))]
 
 
 class _Setting:
@@ -370,7 +467,8 @@ class _Setting:
         self.add, self.add_stride = self._taps_first(add)
         self.sizes = (self.H, self.W, self.Ho, self.Wo, self.G)
         D = self.C // self.G
-        self.constants = dict(k=kernel_size, DIL=dilation, STRIDE=stride, D=D, BD=triton.next_power_of_2(D))
+        P = 4 if dilation == stride == 1 and self.accumulator == torch.float32 else 1  # neighbours share pixels only when both are 1
+        self.constants = dict(k=kernel_size, DIL=dilation, STRIDE=stride, D=D, BD=triton.next_power_of_2(D), P=P)
         self.flags = dict(ATTN=logits is not None, NORM=normalize and logits is not None, MUL=mul is not None, ADD=add is not None,
                           ACC=tl.float64 if v.dtype == torch.float64 else tl.float32)
         self.key = dict(dtype=str(v.dtype)[6:], k=kernel_size, dilation=dilation, stride=stride, heads=self.G, width=D,
@@ -385,7 +483,7 @@ class _Setting:
         return ghost, 0 if ghost.ndim == 2 else ghost.stride(0)
 
     def tiles(self, H, W, config):
-        return self.B * triton.cdiv(H, config["BY"]) * triton.cdiv(W, config["BX"]), self.G
+        return self.B * triton.cdiv(H * triton.cdiv(W, self.constants["P"]), config["BP"]), self.G
 
 
 def _pixel_strides(logits):
