@@ -1,8 +1,10 @@
-"""The generator of ELSA's attention maps in Triton: q * k, a grouped k x k convolution, bias and GELU in one kernel, and its gradients.
+"""The generator of ELSA's attention maps in Triton: q * k, a grouped k x k convolution, bias and GELU, and their gradients.
 
-A program computes a tile of consecutive pixels of one sample for one block of channels. A block is as many whole groups as fill the 16
-channels that a matrix unit takes at least, so that a tap is one product of (pixels, 16) with a (16, 16) matrix that has the groups' weights
-on its diagonal: for groups of 4 channels that is four times the work, at the rate of matrix units instead of vector units.
+A block of channels is as many whole groups as fill the 16 that a matrix unit takes at least. The product q * k is first laid out block by
+block, with zeros between the rows of the image (`padded`): there a tap is one distance for all pixels, so the kernels that read it need no
+masks and hardly any address arithmetic. A program computes consecutive pixels of one block. A row of the k x k neighbourhood is one product:
+of (pixels, J * 16), each pixel's J = k neighbours rounded up to a power of two, with a matrix that has the groups' weights on the diagonals
+of its J blocks. For groups of 4 channels that is four times the work, at the rate of matrix units instead of vector units.
 
 Sums are float32. Nothing is added atomically: the gradient of q * k gathers, that of the weights is partial sums, one per program.
 Prefixes as in aggregation.py.
@@ -17,32 +19,35 @@ import triton.language as tl
 from kernels import aggregation, tuning
 
 SMALLEST = 16  # side of the smallest product that tl.dot takes
-CHUNK = 2048  # pixels that one program of dweight_kernel sums
+TILE = 128  # most pixels of a product
+CHUNK = 2048  # pixels that one program of dweight_kernel sums, a multiple of TILE
 
 
 @triton.jit
-def hadamard_kernel(p_q, p_k, p_w, p_bias, p_z, p_u, H, W, Q, rows, s_qb, s_qy, s_qx, s_kb, s_ky, s_kx, scale,
-                    k: tl.constexpr, DIL: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, DOT: tl.constexpr, BP: tl.constexpr):
-    """z = GELU(u), u = scale * convolution(q * k) + bias: both (B, H, W, Q)."""
-    b, o_y, o_x, o_c, m_p, m_c = _tile(H, W, Q, R, BC, BP)
-    p_q += b * s_qb + o_c
-    p_k += b * s_kb + o_c
-    p_w += tl.program_id(1) * (k * k * BC * BC)
-    o_in, o_out = tl.arange(0, BC)[:, None] * BC, tl.arange(0, BC)[None, :]
-    b_u = tl.zeros([BP, BC], dtype=tl.float32)
-    for i in range(rows):
-        o_vy = o_y + (i - k // 2) * DIL
-        m_y = m_p & (o_vy >= 0) & (o_vy < H)
-        p_qrow = (p_q[None, :] + (o_vy * s_qy + o_x * s_qx)[:, None])
-        p_krow = (p_k[None, :] + (o_vy * s_ky + o_x * s_kx)[:, None])
-        for j in tl.static_range(k):
-            o_vx = o_x + (j - k // 2) * DIL
-            m_v = (m_y & (o_vx >= 0) & (o_vx < W))[:, None] & m_c[None, :]
-            b_q = tl.load(p_qrow + (j - k // 2) * DIL * s_qx, mask=m_v, other=0.0).to(DOT)
-            b_k = tl.load(p_krow + (j - k // 2) * DIL * s_kx, mask=m_v, other=0.0).to(DOT)
-            b_w = tl.load(p_w + (i * k + j) * (BC * BC) + o_in + o_out).to(DOT)
-            b_u = tl.dot(b_q * b_k, b_w, b_u, input_precision="ieee")  # [BP, BC] @ [BC, BC] -> [BP, BC]
-    m_o = m_p[:, None] & m_c[None, :]
+def pad_kernel(p_a, p_b, p_out, H, W, Q, L, S, edge, s_ab, s_ay, s_ax, s_bb, s_by, s_bx,
+               R: tl.constexpr, BC: tl.constexpr, GELU: tl.constexpr, BP: tl.constexpr):
+    """out (B, blocks, L, BC): a * b, or with GELU a * the derivative of GELU at b, of (B, H, W, Q); zero where there is no such pixel."""
+    n_tiles = tl.cdiv(L, BP)
+    b = (tl.program_id(0) // n_tiles).to(tl.int64)
+    o_p = tl.program_id(0) % n_tiles * BP + tl.arange(0, BP)
+    o_y, o_x = o_p // S - edge, o_p % S - edge
+    o_in = tl.arange(0, BC)
+    o_c = tl.program_id(1) * R + o_in
+    mask = ((o_y >= 0) & (o_y < H) & (o_x >= 0))[:, None] & ((o_in < R) & (o_c < Q))[None, :]  # S - edge = W
+    b_a = tl.load(p_a + b * s_ab + (o_y * s_ay + o_x * s_ax)[:, None] + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_b = tl.load(p_b + b * s_bb + (o_y * s_by + o_x * s_bx)[:, None] + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if GELU:
+        b_b = 0.5 * (1.0 + tl.erf(b_b * 0.7071067811865476)) + b_b * 0.3989422804014327 * tl.exp(-0.5 * b_b * b_b)
+    p_o = p_out + (b * tl.num_programs(1) + tl.program_id(1)) * L * BC + o_p[:, None] * BC + o_in[None, :]
+    tl.store(p_o, b_a * b_b, mask=(o_p < L)[:, None])
+
+
+@triton.jit
+def hadamard_kernel(p_h, p_w, p_bias, p_z, p_u, H, W, Q, L, S, rows, scale,
+                    k: tl.constexpr, DIL: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, J: tl.constexpr, BP: tl.constexpr):
+    """z = GELU(u), u = scale * convolution(h) + bias: both (B, H, W, Q); h padded."""
+    b_u = _convolution(p_h, p_w, H, L, S, rows, k, DIL, BC, J, BP)
+    b, o_y, o_x, o_c, m_o, m_c = _pixels(H, W, Q, S, R, BC, BP)
     b_u = b_u * scale + tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     o_o = b * H * W * Q + ((o_y * W + o_x) * Q)[:, None] + o_c[None, :]
     tl.store(p_u + o_o, b_u, mask=m_o)
@@ -50,169 +55,158 @@ def hadamard_kernel(p_q, p_k, p_w, p_bias, p_z, p_u, H, W, Q, rows, s_qb, s_qy, 
 
 
 @triton.jit
-def dqk_kernel(p_du, p_w, p_q, p_k, p_dq, p_dk, H, W, Q, rows, s_qb, s_qy, s_qx, s_kb, s_ky, s_kx, scale,
-               k: tl.constexpr, DIL: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, DOT: tl.constexpr, BP: tl.constexpr):
-    """dq = k * dh, dk = q * dh, dh = scale * convolution of du with the mirrored, transposed weights: both (B, H, W, Q)."""
-    b, o_y, o_x, o_c, m_p, m_c = _tile(H, W, Q, R, BC, BP)
-    p_w += tl.program_id(1) * (k * k * BC * BC)
-    o_in, o_out = tl.arange(0, BC)[:, None] * BC, tl.arange(0, BC)[None, :]
-    o_o = b * H * W * Q + ((o_y * W + o_x) * Q)[:, None] + o_c[None, :]
-    b_dh = tl.zeros([BP, BC], dtype=tl.float32)
-    for i in range(rows):
-        o_vy = o_y + (i - k // 2) * DIL
-        m_y = m_p & (o_vy >= 0) & (o_vy < H)
-        p_row = p_du + o_o + (i - k // 2) * DIL * W * Q
-        for j in tl.static_range(k):
-            o_vx = o_x + (j - k // 2) * DIL
-            m_v = (m_y & (o_vx >= 0) & (o_vx < W))[:, None] & m_c[None, :]
-            b_du = tl.load(p_row + (j - k // 2) * DIL * Q, mask=m_v, other=0.0).to(DOT)
-            b_w = tl.load(p_w + (i * k + j) * (BC * BC) + o_in + o_out).to(DOT)
-            b_dh = tl.dot(b_du, b_w, b_dh, input_precision="ieee")  # [BP, BC] @ [BC, BC] -> [BP, BC]
-    m_o = m_p[:, None] & m_c[None, :]
+def dqk_kernel(p_du, p_w, p_q, p_k, p_dq, p_dk, H, W, Q, L, S, rows, s_qb, s_qy, s_qx, s_kb, s_ky, s_kx, scale,
+               k: tl.constexpr, DIL: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, J: tl.constexpr, BP: tl.constexpr):
+    """dq = k * dh, dk = q * dh, dh = scale * convolution of du, padded, with the mirrored, transposed weights: both (B, H, W, Q)."""
+    b_dh = _convolution(p_du, p_w, H, L, S, rows, k, DIL, BC, J, BP) * scale
+    b, o_y, o_x, o_c, m_o, m_c = _pixels(H, W, Q, S, R, BC, BP)
     b_q = tl.load(p_q + b * s_qb + (o_y * s_qy + o_x * s_qx)[:, None] + o_c[None, :], mask=m_o, other=0.0).to(tl.float32)
     b_k = tl.load(p_k + b * s_kb + (o_y * s_ky + o_x * s_kx)[:, None] + o_c[None, :], mask=m_o, other=0.0).to(tl.float32)
-    tl.store(p_dq + o_o, b_dh * scale * b_k, mask=m_o)
-    tl.store(p_dk + o_o, b_dh * scale * b_q, mask=m_o)
+    o_o = b * H * W * Q + ((o_y * W + o_x) * Q)[:, None] + o_c[None, :]
+    tl.store(p_dq + o_o, b_dh * b_k, mask=m_o)
+    tl.store(p_dk + o_o, b_dh * b_q, mask=m_o)
 
 
 @triton.jit
-def dweight_kernel(p_du, p_q, p_k, p_part, H, W, Q, chunk, n_chunks, n_blocks, s_qb, s_qy, s_qx, s_kb, s_ky, s_kx,
-                   k: tl.constexpr, DIL: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, DOT: tl.constexpr, BP: tl.constexpr):
-    """Of one chunk of a sample's pixels and one tap the sum of (q * k)^T du: (B * chunks, blocks, K, BC, BC) float32, not yet scaled."""
-    part, block, tap = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b = (part // n_chunks).to(tl.int64)
+def dweight_kernel(p_du, p_h, p_part, H, L, S, edge, chunk, n_chunks,
+                   k: tl.constexpr, DIL: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, J: tl.constexpr, BP: tl.constexpr):
+    """Of one chunk of a sample's pixels and one row of taps the sum of h^T du: (B * chunks, blocks, k, J, BC, BC) float32, not yet scaled.
+
+    The programs of one chunk follow each other, so that what the first reads the others find in the cache.
+    """
+    i, part, block = tl.program_id(0) % k, tl.program_id(0) // k, tl.program_id(1)
+    p_image = ((part // n_chunks).to(tl.int64) * tl.num_programs(1) + block) * L * BC
     first = part % n_chunks * chunk
-    o_in = tl.arange(0, BC)
-    o_c = block * R + o_in
-    m_c = (o_in < R) & (o_c < Q)
-    dy, dx = (tap // k - k // 2) * DIL, (tap % k - k // 2) * DIL
-    b_dw = tl.zeros([BC, BC], dtype=tl.float32)
-    for start in range(first, tl.minimum(first + chunk, H * W), BP):
-        o_p = start + tl.arange(0, BP)
-        o_y, o_x = o_p // W, o_p % W
-        m_p = o_p < tl.minimum(first + chunk, H * W)
-        m_v = (m_p & (o_y + dy >= 0) & (o_y + dy < H) & (o_x + dx >= 0) & (o_x + dx < W))[:, None] & m_c[None, :]
-        b_q = tl.load(p_q + b * s_qb + ((o_y + dy) * s_qy + (o_x + dx) * s_qx)[:, None] + o_c[None, :], mask=m_v, other=0.0).to(DOT)
-        b_k = tl.load(p_k + b * s_kb + ((o_y + dy) * s_ky + (o_x + dx) * s_kx)[:, None] + o_c[None, :], mask=m_v, other=0.0).to(DOT)
-        b_du = tl.load(p_du + b * H * W * Q + (o_p * Q)[:, None] + o_c[None, :], mask=m_p[:, None] & m_c[None, :], other=0.0).to(DOT)
-        b_dw = tl.dot(tl.trans(b_q * b_k), b_du, b_dw, input_precision="ieee")  # [BC, BP] @ [BP, BC] -> [BC, BC]
-    p_part += ((part.to(tl.int64) * n_blocks + block) * (k * k) + tap) * (BC * BC)
-    tl.store(p_part + o_in[:, None] * BC + o_in[None, :], b_dw)
+    o_p = tl.arange(0, BP)
+    p_h += p_image + i * DIL * S * BC + o_p[:, None] * BC + _neighbours(k, DIL, BC, J)[None, :]
+    p_du += p_image + edge * (S + 1) * BC + o_p[:, None] * BC + tl.arange(0, BC)[None, :]
+    b_dw = tl.zeros([J * BC, BC], dtype=tl.float32)
+    for start in range(first, tl.minimum(first + chunk, H * S), BP):  # beyond the last pixel du is zero
+        b_h, b_du = tl.load(p_h + start * BC), tl.load(p_du + start * BC)
+        b_dw = tl.dot(tl.trans(b_h), b_du, b_dw, input_precision="ieee")  # [J * BC, BP] @ [BP, BC] -> [J * BC, BC]
+    p_part += ((part.to(tl.int64) * tl.num_programs(1) + block) * k + i) * (J * BC * BC)
+    tl.store(p_part + tl.arange(0, J * BC)[:, None] * BC + tl.arange(0, BC)[None, :], b_dw)
 
 
 @triton.jit
-def _tile(H, W, Q, R: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
-    """Sample, rows and columns of this program's pixels, its channels, and which of both exist."""
-    n_tiles = tl.cdiv(H * W, BP)
+def _convolution(p_h, p_w, H, L, S, rows, k: tl.constexpr, DIL: tl.constexpr, BC: tl.constexpr, J: tl.constexpr, BP: tl.constexpr):
+    """[BP, BC] of this program's pixels."""
+    n_tiles = tl.cdiv(H * S, BP)
     b = (tl.program_id(0) // n_tiles).to(tl.int64)
     o_p = tl.program_id(0) % n_tiles * BP + tl.arange(0, BP)
+    p_h += (b * tl.num_programs(1) + tl.program_id(1)) * L * BC + o_p[:, None] * BC + _neighbours(k, DIL, BC, J)[None, :]
+    p_w += tl.program_id(1) * (k * J * BC * BC) + tl.arange(0, J * BC)[:, None] * BC + tl.arange(0, BC)[None, :]
+    b_sum = tl.zeros([BP, BC], dtype=tl.float32)
+    for i in range(rows):
+        b_h, b_w = tl.load(p_h + i * (DIL * S * BC)), tl.load(p_w + i * (J * BC * BC))
+        b_sum = tl.dot(b_h, b_w, b_sum, input_precision="ieee")  # [BP, J * BC] @ [J * BC, BC] -> [BP, BC]
+    return b_sum
+
+
+@triton.jit
+def _neighbours(k: tl.constexpr, DIL: tl.constexpr, BC: tl.constexpr, J: tl.constexpr):
+    """[J * BC]: how far each neighbour's channels are. Those from k to J, whose weights are zero, are the last one again."""
+    o_n = tl.arange(0, J * BC)
+    return tl.max_contiguous(tl.multiple_of(tl.minimum(o_n // BC, k - 1) * (DIL * BC) + o_n % BC, BC), BC)
+
+
+@triton.jit
+def _pixels(H, W, Q, S, R: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+    """Sample, rows, columns and channels that this program computes, which of all exist, and which of the channels."""
+    n_tiles = tl.cdiv(H * S, BP)
+    o_p = tl.program_id(0) % n_tiles * BP + tl.arange(0, BP)
+    o_y, o_x = o_p // S, o_p % S
     o_in = tl.arange(0, BC)
     o_c = tl.program_id(1) * R + o_in
-    return b, o_p // W, o_p % W, o_c, o_p < H * W, (o_in < R) & (o_c < Q)
+    m_c = (o_in < R) & (o_c < Q)
+    return (tl.program_id(0) // n_tiles).to(tl.int64), o_y, o_x, o_c, ((o_y < H) & (o_x < W))[:, None] & m_c[None, :], m_c
 
 
 def configs(*shapes):
-    """Of (pixels, threads) each; where it is measured, the library's convolution competes with them."""
-    # Two stages: a third, the default, would fill the shared memory with taps to come.
-    return [*(dict(BP=pixels, num_warps=threads // aggregation.WARP_SIZE, num_stages=2) for pixels, threads in shapes), dict(library=True)]
+    """Of (pixels, threads, stages) each."""
+    return [dict(BP=pixels, num_warps=threads // aggregation.WARP_SIZE, num_stages=stages, **aggregation.registers(255))
+            for pixels, threads, stages in shapes]
 
 
 def forward(q, k, weight, bias, scale, dilation):
     """z, u (B, H, W, Q). q, k (B, H, W, Q), their channels side by side; weight (Q, width, k, k); bias (Q,)."""
-    s = _Setting(q, k, weight, dilation)
-    z, u = (torch.empty(s.shape, dtype=q.dtype, device=q.device) for _ in range(2))
-    dense = s.dense(weight, mirrored=False)
+    s = _Setting(q, weight, dilation)
+    z, u = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+    h, matrices = s.padded(q, k), s.matrices(weight, mirrored=False)
 
-    def launch(library=False, **config):
-        if library:
-            u.copy_(s.convolution((q * k * scale).permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1))
-            z.copy_(F.gelu(u))
-        else:
-            hadamard_kernel[s.grid(config)](q, k, dense, bias, z, u, *s.sizes, *s.strides, scale, **s.constants, **config)
+    def launch(**config):
+        hadamard_kernel[s.grid(config)](h, matrices, bias, z, u, *s.sizes, scale, **s.constants, **config)
 
-    tuning.launch("hadamard", s.key, configs((64, 128), (128, 256), (32, 64)), launch, q.device)
+    tuning.launch("hadamard", s.key, configs((128, 128, 2), (64, 128, 2), (128, 256, 3)), launch, q.device)
     return z, u
 
 
-def backward(du, q, k, weight, scale, dilation):
-    """dq, dk (B, H, W, Q), dweight (Q, width, k, k) float32 of du (B, H, W, Q), contiguous."""
-    s = _Setting(q, k, weight, dilation)
-    dq, dk = (torch.empty(s.shape, dtype=q.dtype, device=q.device) for _ in range(2))
-    dense = s.dense(weight, mirrored=True)
+def backward(dz, u, q, k, weight, scale, dilation):
+    """dq, dk (B, H, W, Q), dweight (Q, width, k, k) and dbias (Q,), both float32. dz (B, H, W, Q), its channels side by side."""
+    s = _Setting(q, weight, dilation)
+    dq, dk = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+    du, h, matrices = s.padded(dz, u, GELU=True), s.padded(q, k), s.matrices(weight, mirrored=True)
 
-    def launch(library=False, **config):
-        if library:
-            dh = s.convolution_backward(du, q * k, weight, (True, False))[0].permute(0, 2, 3, 1)
-            torch.mul(dh * scale, k, out=dq)
-            torch.mul(dh * scale, q, out=dk)
-        else:
-            dqk_kernel[s.grid(config)](du, dense, q, k, dq, dk, *s.sizes, *s.strides, scale, **s.constants, **config)
+    def launch_dqk(**config):
+        dqk_kernel[s.grid(config)](du, matrices, q, k, dq, dk, *s.sizes, *q.stride()[:3], *k.stride()[:3], scale, **s.constants, **config)
 
-    tuning.launch("dqk", s.key, configs((64, 128), (32, 64)), launch, q.device)
-    B, H, W, _ = s.shape
-    n_chunks, taps, BC = triton.cdiv(H * W, CHUNK), s.constants["k"] ** 2, s.constants["BC"]
-    dweight = torch.empty(weight.shape, dtype=torch.float32, device=q.device)
+    tuning.launch("dqk", s.key, configs((128, 128, 2), (64, 128, 2), (128, 256, 3)), launch_dqk, q.device)
+    n_chunks, side, J, BC = triton.cdiv(s.H * s.S, CHUNK), *(s.constants[name] for name in ("k", "J", "BC"))
+    parts = torch.empty(s.B * n_chunks, s.blocks, side, J, BC, BC, dtype=torch.float32, device=q.device)
 
-    def launch_dweight(library=False, **config):
-        if library:
-            dweight.copy_(s.convolution_backward(du, q * k, weight, (False, True))[1])
-        else:
-            parts = torch.empty(B * n_chunks, s.blocks, taps, BC, BC, dtype=torch.float32, device=q.device)
-            dweight_kernel[(B * n_chunks, s.blocks, taps)](du, q, k, parts, *s.sizes[:3], triton.cdiv(H * W, n_chunks), n_chunks, s.blocks,
-                                                           *s.strides, **s.constants, **config)
-            dweight.copy_(s.groups(parts.sum(0)))
+    def launch_dweight(**config):
+        dweight_kernel[(s.B * n_chunks * side, s.blocks)](du, h, parts, s.H, s.L, s.S, s.edge, CHUNK, n_chunks, **s.constants, **config)
 
-    tuning.launch("dweight", s.key, configs((64, 128), (64, 64), (32, 64)), launch_dweight, q.device)
-    return dq, dk, dweight * scale
+    tuning.launch("dweight", s.key, configs((128, 128, 2), (128, 256, 2), (64, 128, 3)), launch_dweight, q.device)
+    dbias = du.sum((0, 2), dtype=torch.float32)[:, :s.constants["R"]].flatten()[:s.Q]
+    return dq, dk, s.groups(parts.sum(0)) * scale, dbias
 
 
 class _Setting:
-    """What every launch needs: sizes, strides, compile-time constants, and weights as matrices and back."""
+    """What every launch needs: sizes and compile-time constants, and tensors as the kernels read them.
 
-    def __init__(self, q, k, weight, dilation):
-        B, H, W, Q = self.shape = q.shape
+    Pixel (y, x) of a padded image lies at (y + edge) * S + x + edge, S = W + edge: what is left of a row is right of the row before.
+    """
+
+    def __init__(self, q, weight, dilation):
+        self.B, self.H, self.W, self.Q = q.shape
         self.width, side = weight.shape[1:3]
         self.per_block = max(1, SMALLEST // self.width)  # groups
         R = self.per_block * self.width
-        self.blocks = triton.cdiv(Q, R)
-        dot = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(q.dtype, tl.float32)
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            dot = tl.float32  # the interpreter gets 16-bit products wrong
-        self.constants = dict(k=side, DIL=dilation, R=R, BC=max(SMALLEST, triton.next_power_of_2(R)), DOT=dot)
-        self.sizes = (H, W, Q, side)
-        self.strides = (*q.stride()[:3], *k.stride()[:3])
-        self.key = dict(dtype=str(q.dtype)[6:], k=side, dilation=dilation, width=self.width, channels=Q,
-                        pixels=triton.next_power_of_2(max(1, H * W)))
-
-    def convolution(self, h, weight, bias):
-        side = self.constants["k"]
-        return F.conv2d(h, weight.to(h.dtype), bias.to(h.dtype), 1, side // 2 * self.constants["DIL"], self.constants["DIL"],
-                        self.shape[3] // self.width)
-
-    def convolution_backward(self, du, h, weight, wanted):
-        """Gradients of h (N, Q, H, W) and of the weight, as far as `wanted`."""
-        side, dilation = self.constants["k"], self.constants["DIL"]
-        return torch.ops.aten.convolution_backward(
-            du.permute(0, 3, 1, 2), h.permute(0, 3, 1, 2), weight.to(du.dtype), None, [1, 1], [side // 2 * dilation] * 2, [dilation] * 2, False,
-            [0, 0], self.shape[3] // self.width, [*wanted, False])
+        self.blocks = triton.cdiv(self.Q, R)
+        self.edge = side // 2 * dilation
+        self.S = self.W + self.edge
+        self.L = triton.cdiv(self.H * self.S, TILE) * TILE + 2 * self.edge * (self.S + 1)  # pixels that the last program reads
+        self.dtype = torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else q.dtype  # the interpreter gets 16-bit products wrong
+        self.constants = dict(k=side, DIL=dilation, R=R, BC=max(SMALLEST, triton.next_power_of_2(R)), J=triton.next_power_of_2(side))
+        self.sizes = (self.H, self.W, self.Q, self.L, self.S, side)
+        self.key = dict(dtype=str(q.dtype)[6:], k=side, dilation=dilation, width=self.width, channels=self.Q,
+                        pixels=triton.next_power_of_2(max(1, self.H * self.W)))
 
     def grid(self, config):
-        B, H, W, _ = self.shape
-        return B * triton.cdiv(H * W, config["BP"]), self.blocks
+        return self.B * triton.cdiv(self.H * self.S, config["BP"]), self.blocks
 
-    def dense(self, weight, mirrored):
-        """(blocks, K, BC, BC): tap by tap from input to output channel; mirrored: from output to input, the taps in reverse."""
-        Q, w, K, n = weight.shape[0], self.width, self.constants["k"] ** 2, self.per_block
-        groups = weight.new_zeros(self.blocks * n, w, w, K)  # (groups, out, in, K)
-        groups[:Q // w] = weight.reshape(Q // w, w, w, K)
-        groups = groups.view(self.blocks, n, w, w, K).permute((0, 4, 2, 3, 1) if mirrored else (0, 4, 3, 2, 1))  # (blocks, K, rows, columns, n)
-        matrices = weight.new_zeros(self.blocks, K, n, w, n, w)
+    def padded(self, a, b, GELU=False):
+        R, BC, BP = self.constants["R"], self.constants["BC"], 64
+        out = torch.empty(self.B, self.blocks, self.L, BC, dtype=self.dtype, device=a.device)
+        pad_kernel[(self.B * triton.cdiv(self.L, BP), self.blocks)](
+            a, b, out, self.H, self.W, self.Q, self.L, self.S, self.edge, *a.stride()[:3], *b.stride()[:3], R=R, BC=BC, GELU=GELU, BP=BP)
+        return out
+
+    def matrices(self, weight, mirrored):
+        """(blocks, k, J, BC, BC): tap by tap from input to output channel; mirrored: from output to input, the taps in reverse."""
+        w, k, n = self.width, self.constants["k"], self.per_block
+        groups = weight.new_zeros(self.blocks * n, w, w, k * k)  # (groups, out, in, K)
+        groups[:self.Q // w] = weight.reshape(self.Q // w, w, w, k * k)
+        groups = groups.view(self.blocks, n, w, w, k * k).permute((0, 4, 2, 3, 1) if mirrored else (0, 4, 3, 2, 1))  # (blocks, K, rows, columns, n)
+        matrices = weight.new_zeros(self.blocks, k * k, n, w, n, w)
         matrices.diagonal(dim1=2, dim2=4).copy_(groups.flip(1) if mirrored else groups)
         extra = self.constants["BC"] - n * w
-        return F.pad(matrices.reshape(self.blocks, K, n * w, n * w), (0, extra, 0, extra)).contiguous()
+        matrices = matrices.reshape(self.blocks, k, k, n * w, n * w)
+        return F.pad(matrices, (0, extra, 0, extra, 0, self.constants["J"] - k)).to(self.dtype).contiguous()
 
     def groups(self, matrices):
-        """The reverse of dense: (blocks, K, BC, BC) -> (Q, width, k, k)."""
+        """The reverse of matrices: (blocks, k, J, BC, BC) -> (Q, width, k, k)."""
         w, n, k = self.width, self.per_block, self.constants["k"]
-        matrices = matrices[:, :, :n * w, :n * w].reshape(self.blocks, k * k, n, w, n, w).diagonal(dim1=2, dim2=4)  # (blocks, K, in, out, n)
-        return matrices.permute(0, 4, 3, 2, 1).reshape(-1, w, k, k)[:self.shape[3]].contiguous()
+        matrices = matrices[:, :, :k, :n * w, :n * w].reshape(self.blocks, k * k, n, w, n, w).diagonal(dim1=2, dim2=4)  # (blocks, K, in, out, n)
+        return matrices.permute(0, 4, 3, 2, 1).reshape(-1, w, k, k)[:self.Q].contiguous()

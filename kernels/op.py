@@ -205,8 +205,7 @@ def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
         scale: of the product. dilation: distance between taps.
 
     Returns (B, H, W, Q) in q's dtype. Differentiable once in q, k, weight and bias. CUDA tensors of float16, bfloat16 and float32 go
-    through Triton kernels, two runs of which are bit-identical, or through the library's convolution where the tuner finds that faster;
-    others through torch. Raises ValueError for shapes that do not fit. Source: arXiv 2112.12786, section 3.1.
+    through Triton kernels, two runs of which are bit-identical, others through torch. Raises ValueError for shapes that do not fit. Source: arXiv 2112.12786, section 3.1.
     """
     if q.ndim != 4 or q.shape != k.shape:
         raise ValueError(f"q, k: got shapes {tuple(q.shape)} and {tuple(k.shape)}, expected the same (B, H, W, Q) for both")
@@ -242,9 +241,8 @@ def _hadamard_backward(dz: torch.Tensor, u: torch.Tensor, q: torch.Tensor, k: to
     """Gradients of (q, k, weight, bias)."""
     from kernels import generator
     with _device(q):
-        du = torch.ops.aten.gelu_backward(dz.contiguous(), u)
-        dq, dk, dweight = generator.backward(du, q, k, weight, scale, dilation)
-        return [dq, dk, dweight.to(weight.dtype), du.sum((0, 1, 2), dtype=torch.float32).to(bias.dtype)]
+        dq, dk, dweight, dbias = generator.backward(dz if dz.stride(3) == 1 else dz.contiguous(), u, q, k, weight, scale, dilation)
+        return [dq, dk, dweight.to(weight.dtype), dbias.to(bias.dtype)]
 
 
 @_hadamard_backward.register_fake
