@@ -1,16 +1,22 @@
-"""Choosing a launch configuration: measured once per device and problem, then remembered in memory and on disk.
+"""Choosing a launch configuration: measured once per GPU model and problem, then remembered in memory and on disk.
 
-triton.autotune is not used because it needs a driver even to pick nothing, and because ranks of one job must be able to
-share a result. The file is plain JSON under $ELSA_CACHE_DIR (default ~/.cache/elsa); deleting it is harmless.
+What `python run.py bench --tune` measured is kept beside this file, in tuned/, one file a GPU model, and never measured again. The rest goes
+to tuned.json under $ELSA_CACHE_DIR (default ~/.cache/elsa); deleting it is harmless. All are plain JSON.
+
+triton.autotune is not used because it needs a driver even to pick nothing, and because ranks of one job must be able to share a result.
 """
 import json
 import os
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 
-_table = None  # "device | kernel | problem" -> configuration
+SHIPPED = Path(__file__).parent / "tuned"
+
+_table = None  # "GPU model | kernel | problem" -> configuration
 
 
 def launch(kernel, problem, configs, run, device):
@@ -22,19 +28,19 @@ def launch(kernel, problem, configs, run, device):
     # A stream under capture can be neither synchronised nor timed.
     if device.type != "cuda" or len(configs) == 1 or torch.cuda.is_current_stream_capturing():
         return run(**configs[0])
-    import triton  # here and below, not above: the CPU path works where Triton does not exist
-
-    key = " | ".join([torch.cuda.get_device_name(device), f"triton {triton.__version__}", kernel,
-                      " ".join(f"{name}={value}" for name, value in problem.items())])
+    key = " | ".join([torch.cuda.get_device_name(device), kernel, " ".join(f"{name}={value}" for name, value in problem.items())])
     table = tuned()
     if table.get(key) not in configs:  # new, or remembered from a version with other candidates
+        print(f"tuning {key} ... ", end="", file=sys.stderr, flush=True)
+        start = time.perf_counter()
         table[key] = _measure(kernel, configs, run)
-        _save(key)
+        print(" ".join(f"{name}={value}" for name, value in table[key].items()), f"{time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+        _save(cache_file(), {key: table[key]})
     return run(**table[key])
 
 
 def tuned():
-    """Every configuration known to this process, {"device | kernel | problem": configuration}; JSON-able, to share with other ranks."""
+    """Every configuration known to this process, {"GPU model | kernel | problem": configuration}; JSON-able, to share with other ranks."""
     global _table
     if _table is None:
         _table = _read()
@@ -51,8 +57,17 @@ def cache_file():
     return Path(os.environ.get("ELSA_CACHE_DIR") or Path.home() / ".cache" / "elsa") / "tuned.json"
 
 
+def ship(device):
+    """Writes what this process knows of the device to tuned/, into what is there -> the file."""
+    name = torch.cuda.get_device_name(device)
+    path = SHIPPED / f"{name.replace(' ', '-')}.json"
+    path.parent.mkdir(exist_ok=True)
+    _save(path, {key: config for key, config in tuned().items() if key.startswith(f"{name} | ")})
+    return path
+
+
 def _measure(kernel, configs, run):
-    from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.runtime.errors import OutOfResources, PTXASError  # not above: the CPU path works where Triton does not exist
     from triton.testing import do_bench
 
     times = []
@@ -68,20 +83,29 @@ def _measure(kernel, configs, run):
 
 
 def _read():
+    """What is shipped, then what this user's processes have measured."""
+    table = {}
+    for path in (*sorted(SHIPPED.glob("*.json")), cache_file()):
+        table |= _load(path)
+    return table
+
+
+def _load(path):
     try:
-        table = json.loads(cache_file().read_text())
+        table = json.loads(path.read_text())
         return table if isinstance(table, dict) else {}
     except (OSError, ValueError):  # absent, unreadable or damaged: measure again
         return {}
 
 
-def _save(key):
-    """Add one entry to what other processes have written meanwhile; the file is replaced whole, never half-written."""
-    path = cache_file()
+def _save(path, entries):
+    """Add to what other processes have written meanwhile; the file is replaced whole, never half-written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        table = {**_load(path), **entries}
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({**_read(), key: _table[key]}, file, indent=1, sort_keys=True)
+            file.write("{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(table[key])}" for key in sorted(table)) + "\n}\n")
+        os.chmod(file.name, 0o644)
         os.replace(file.name, path)
-    except OSError:
-        pass  # a read-only home costs a measurement per process, nothing else
+    except OSError as error:  # a read-only home costs a measurement per process, nothing else
+        print(f"not written: {path}: {error}", file=sys.stderr)

@@ -362,6 +362,7 @@ def test_samples_past_32_bit_offsets_are_refused():
 def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("ELSA_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "_table", None)
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Pretend GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(pytest.importorskip("triton").testing, "do_bench", lambda run, **_: run())
@@ -410,6 +411,18 @@ def test_tuner_skips_what_does_not_fit_and_says_when_nothing_does(gpu):
 def test_tuner_takes_the_first_without_a_gpu(gpu, tmp_path):
     assert tuning.launch("forward", dict(k=3), CONFIGS, slow, torch.device("cpu")) == 5.0
     assert not list(tmp_path.iterdir())
+
+
+def test_known_gpus_are_not_tuned(gpu, monkeypatch, tmp_path, capsys):
+    tuning.launch("forward", dict(k=3), CONFIGS, slow, gpu)
+    assert capsys.readouterr().err.startswith("tuning Pretend GPU | forward | k=3 ... BP=2 ")
+    path = tuning.ship(gpu)
+    assert path == tmp_path / "shipped/Pretend-GPU.json" and json.loads(path.read_text()) == {"Pretend GPU | forward | k=3": dict(BP=2)}
+    tuning.cache_file().unlink()
+    monkeypatch.setattr(tuning, "_table", None)
+    monkeypatch.setattr(tuning, "_measure", lambda *_: pytest.fail("measured again"))
+    assert tuning.launch("forward", dict(k=3), CONFIGS, slow, gpu) == 1.0
+    assert not capsys.readouterr().err
 
 
 def test_ranks_share_one_table(gpu):
