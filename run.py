@@ -11,7 +11,7 @@
     python run.py predict upernet_swin_t --weights FILE IMAGE...    what the model sees, drawn into the images
     python run.py info swin_t --attn elsa                           parameters, multiply-adds and memory, layer by layer
     python run.py compare swin_t --attn window,dwconv,elsa          several kinds of attention, trained alike, in one table
-    python run.py bench                                             operator timings of this machine
+    python run.py bench                                             operator, layer and model timings of this machine
 
 `python run.py train --help` lists every option; `--batch-size 64` overrides the recipe's batch_size.
 """
@@ -75,7 +75,7 @@ def compare(argv):
 
 
 def bench(argv):
-    from kernels.bench import main
+    from eval.bench import main
     main(argv)
 
 
