@@ -1,10 +1,14 @@
-"""ELSA's aggregation on the CPU: a loop over the taps on channels-last tensors, one fused multiply-add a tap.
+"""ELSA's aggregation on the CPU: a loop over the taps, one fused multiply-add a tap.
 
-No K-fold copy of v is made. The attention of one tap, (B, Ho, Wo, G), is contiguous, and the static part of the filters
-is a depth-wise convolution. 16-bit inputs are computed in float32.
+v is laid out channel by channel, with zeros between the rows of the image. There a tap is one distance for all pixels, so that the inner loop
+of a tap runs over a whole image at once. No K-fold copy of v is made. The static part of the filters is a depth-wise convolution. 16-bit
+inputs are computed in float32.
 """
 import torch
 import torch.nn.functional as F
+
+
+PIECE = 640_000  # elements of v at a time: what a tap reads and writes then stays in the cache
 
 
 def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
@@ -13,19 +17,22 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
     v, logits, mul, add = (_wide(x) for x in (v, logits, mul, add))
     B, H, W, C = v.shape
     Ho, Wo = H // stride, W // stride
-    if add is not None:
-        out = _channels_last(_depthwise(v, add, kernel_size, dilation, stride)[:, :, :Ho, :Wo]).contiguous()
-    else:
+    if add is None:
         out = v.new_zeros(B, Ho, Wo, C)
-    lse = v.new_empty(0)
-    if logits is not None:
-        a = _attention(logits, kernel_size, normalize)
-        lse = v.new_zeros(B, a.shape[4], Ho, Wo) if normalize else lse
-        v, to = _heads(v, a), _heads(out, a)
-        for t, at, source in _taps(v, out, kernel_size, dilation, stride):
-            v_t = v[source] if mul is None else v[source] * _tap(mul, t, a)
-            to[at].addcmul_(v_t, a[t][at])
-    return out.to(dtype), lse
+    else:
+        out = _channels_last(_depthwise(v, add, kernel_size, dilation, stride)[:, :, :Ho, :Wo]).contiguous()
+    if logits is None:
+        return out.to(dtype), v.new_empty(0)
+    for part in _pieces(v):
+        plan = _Plan(v[part], logits[part], kernel_size, dilation, stride)
+        a = plan.attention(logits[part], normalize).unsqueeze(3).unbind(2)  # of every tap (B, G, 1, Ho, So)
+        source, sums = plan.padded(v[part]), v.new_zeros(plan.B, plan.G, C // plan.G, Ho, plan.So)
+        scratch = None if mul is None else torch.empty_like(sums)
+        for t, rows, read in plan.taps():
+            v_t = read(source) if mul is None else torch.mul(read(source), plan.tap(mul, t, part), out=scratch[..., rows, :])
+            sums[..., rows, :].addcmul_(v_t, a[t][..., rows, :])
+        out[part].add_(plan.pixels(sums))
+    return out.to(dtype), v.new_zeros(B, plan.G, Ho, Wo) if normalize else v.new_empty(0)
 
 
 def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, normalize, needs):
@@ -36,26 +43,114 @@ def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, 
     if add is not None and (needs[0] or needs[3]):
         dv, dadd = _depthwise_backward(go, v, add, kernel_size, dilation, stride, needs)
     if logits is not None:
-        a = _attention(logits, kernel_size, normalize)
-        if needs[0] and dv is None:
-            dv = torch.zeros_like(v)
-        da = torch.zeros_like(a) if needs[1] else None
+        dv = torch.zeros(v.shape, dtype=v.dtype) if needs[0] and dv is None else dv
+        dlogits = torch.empty(logits.shape, dtype=v.dtype) if needs[1] else None
         dmul = torch.zeros_like(mul) if needs[2] else None
-        go, v, dv_heads = _heads(go, a), _heads(v, a), _heads(dv, a) if needs[0] else None
-        for t, at, source in _taps(v, go, kernel_size, dilation, stride):
-            go_mul = go[at] if mul is None else go[at] * _tap(mul, t, a)
+        for part in _pieces(v):
+            plan = _Plan(v[part], logits[part], kernel_size, dilation, stride)
+            a, source, go_part = plan.attention(logits[part], normalize), plan.padded(v[part]), plan.outputs(go[part])
+            sink = torch.zeros_like(source) if needs[0] else None
+            da = torch.zeros_like(a) if needs[1] else None
+            weighted, scratch = None if mul is None else torch.empty_like(go_part), torch.empty_like(go_part)
+            for t, rows, read in plan.taps():
+                go_t, a_t = go_part[..., rows, :], a[:, :, t, None, rows]
+                go_mul = go_t if mul is None else torch.mul(go_t, plan.tap(mul, t, part), out=weighted[..., rows, :])
+                if needs[0]:
+                    read(sink).addcmul_(go_mul, a_t)
+                if needs[1]:
+                    torch.sum(torch.mul(go_mul, read(source), out=scratch[..., rows, :]), 2, out=da[:, :, t, rows])
+                if needs[2]:
+                    per_sample = (go_t * read(source) * a_t).sum((3, 4)).flatten(1)  # (B, C)
+                    if mul.ndim == 4:
+                        dmul.flatten(-2)[part][..., t] = per_sample
+                    else:
+                        dmul.flatten(-2)[..., t] += per_sample.sum(0)
             if needs[0]:
-                dv_heads[source].addcmul_(go_mul, a[t][at])
+                dv[part].add_(plan.inputs(sink))
             if needs[1]:
-                da[t][at] = (go_mul * v[source]).sum(-1, keepdim=True)
-            if needs[2]:
-                per_sample = (go[at] * v[source] * a[t][at]).sum((1, 2)).flatten(1)  # (B, C)
-                dmul.flatten(-2)[..., t] = per_sample if mul.ndim == 4 else per_sample.sum(0)
-        if needs[1]:
-            if normalize:
-                da = a * (da - (a * da).sum(0, keepdim=True))
-            dlogits = _taps_inside(da).to(dtype)
-    return dv if dv is None else dv.to(dtype), dlogits, dmul, dadd
+                if normalize:
+                    da = a * da.sub_((a * da).sum(2, keepdim=True))
+                dlogits[part] = da[..., :plan.Wo].flatten(1, 2)
+    return *(x if x is None else x.to(dtype) for x in (dv, dlogits)), dmul, dadd
+
+
+def _pieces(v):
+    """Slices of the batch."""
+    step = max(1, PIECE // (v.shape[1] * v.shape[2] * v.shape[3]))
+    return [slice(start, start + step) for start in range(0, v.shape[0], step)]
+
+
+class _Plan:
+    """Layouts (B, G, D, ...) of one call. Inputs: pixel (y, x) at (y + edge) * S + x + edge, S = W + edge, zero elsewhere, so that what is left
+    of a row is right of the row before. Outputs: Ho rows of So pixels, of which Wo count; with a stride of one So = S, so that rows of
+    inputs and outputs are equally far apart, and all of them one loop."""
+
+    def __init__(self, v, logits, kernel_size, dilation, stride):
+        self.B, self.H, self.W, self.C = v.shape
+        self.k, self.dilation, self.stride = kernel_size, dilation, stride
+        self.G = logits.shape[1] // kernel_size ** 2
+        self.Ho, self.Wo = logits.shape[2:]
+        self.edge = kernel_size // 2 * dilation
+        self.S = self.W + self.edge
+        self.So = self.S if stride == 1 else self.Wo
+
+    def attention(self, logits, normalize):
+        """(B, G, K, Ho, So)"""
+        a = logits.reshape(self.B, self.G, self.k ** 2, self.Ho * self.Wo)
+        return self._wider((a.softmax(2) if normalize else a).unflatten(3, (self.Ho, self.Wo)))
+
+    def outputs(self, x):
+        """(B, Ho, Wo, C) -> (B, G, D, Ho, So)"""
+        return self._wider(x.unflatten(3, (self.G, -1)).permute(0, 3, 4, 1, 2))
+
+    def _wider(self, x):
+        out = x.new_empty(*x.shape[:4], self.So)
+        out[..., :self.Wo] = x
+        out[..., self.Wo:] = 0
+        return out
+
+    def pixels(self, x):
+        """The reverse of outputs."""
+        return x[..., :self.Wo].flatten(1, 2).permute(0, 2, 3, 1)
+
+    def padded(self, v):
+        """(B, H, W, C) -> (B, G, D, pixels)"""
+        x = v.new_zeros(self.B, self.G, self.C // self.G, (self.H + 2 * self.edge) * self.S + 2 * self.edge)
+        self._inside(x).copy_(v.unflatten(3, (self.G, -1)).permute(0, 3, 4, 1, 2))
+        return x
+
+    def inputs(self, x):
+        """The reverse of padded."""
+        return self._inside(x).flatten(1, 2).permute(0, 2, 3, 1)
+
+    def _inside(self, x):
+        first = self.edge * (self.S + 1)
+        return x[..., first:first + self.H * self.S].unflatten(3, (self.H, self.S))[..., :self.W]
+
+    def taps(self):
+        """(t, rows of outputs, function from what padded gives to a view of what these rows read), for the taps that read any of the image.
+
+        Small maps have many that read none: on 2 x 2 pixels, 40 of the 49 of a 7 x 7 window.
+        """
+        rows = [self._overlap(i, self.H, self.Ho) for i in range(self.k)]
+        columns = [self._overlap(j, self.W, self.Wo) for j in range(self.k)]
+        for i, (first, last) in enumerate(rows):
+            for j, (left, right) in enumerate(columns):
+                if first <= last and left <= right:
+                    yield i * self.k + j, slice(first, last + 1), self._reader(i, j, first, last + 1 - first)
+
+    def _reader(self, i, j, first, rows):
+        offset = (first * self.stride + i * self.dilation) * self.S + j * self.dilation
+        return lambda x: x.as_strided((*x.shape[:3], rows, self.So), (*x.stride()[:3], self.stride * self.S, self.stride), offset)
+
+    def _overlap(self, i, size, out_size):
+        """First and last output y along one axis with 0 <= y * stride + offset < size."""
+        offset = (i - self.k // 2) * self.dilation
+        return max(0, -(offset // self.stride)), min(out_size - 1, (size - 1 - offset) // self.stride)
+
+    def tap(self, mul, t, part):
+        """Tap t of the multiplicative filter, ready to multiply (B, G, D, rows, So)."""
+        return (mul[part] if mul.ndim == 4 else mul).flatten(-2)[..., t].reshape(-1, self.G, self.C // self.G, 1, 1)
 
 
 def _wide(x):
@@ -63,52 +158,8 @@ def _wide(x):
     return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _attention(logits, kernel_size, normalize):
-    """a, taps outermost: (K, B, Ho, Wo, G, 1)."""
-    B, _, Ho, Wo = logits.shape
-    taps_first = logits.view(B, -1, kernel_size ** 2, Ho, Wo).permute(2, 0, 3, 4, 1).contiguous()  # (K, B, Ho, Wo, G)
-    return (taps_first.softmax(0) if normalize else taps_first).unsqueeze(-1)
-
-
-def _taps_inside(da):
-    """(K, B, Ho, Wo, G, 1) -> (B, G*K, Ho, Wo)."""
-    K, B, Ho, Wo, G, _ = da.shape
-    return da.view(K, B, Ho, Wo, G).permute(1, 4, 0, 2, 3).reshape(B, G * K, Ho, Wo)
-
-
 def _channels_last(x):
     return x.permute(0, 2, 3, 1)
-
-
-def _heads(x, a):
-    """(B, H, W, C) -> (B, H, W, G, D)."""
-    return x.unflatten(-1, (a.shape[4], -1))
-
-
-def _tap(mul, t, a):
-    """Tap t of the multiplicative filter, ready to multiply (B, H, W, G, D)."""
-    return mul.flatten(-2)[..., t].reshape(-1, 1, 1, a.shape[4], mul.shape[-3] // a.shape[4])
-
-
-def _taps(v, out, kernel_size, dilation, stride):
-    """(t, index of the output pixels whose tap t lies in the image, index of the pixels of v it reads), for taps that read any.
-
-    Small maps have many that read none: on 2 x 2 pixels, 40 of the 49 of a 7 x 7 window.
-    """
-    for i in range(kernel_size):
-        rows = _overlap((i - kernel_size // 2) * dilation, v.shape[1], out.shape[1], stride)
-        for j in range(kernel_size):
-            columns = _overlap((j - kernel_size // 2) * dilation, v.shape[2], out.shape[2], stride)
-            if rows and columns:
-                yield i * kernel_size + j, (slice(None), rows[0], columns[0]), (slice(None), rows[1], columns[1])
-
-
-def _overlap(offset, size, out_size, stride):
-    """Along one axis: slice of the outputs y with 0 <= y * stride + offset < size, and the slice they read; None if there are none."""
-    first, last = max(0, -(offset // stride)), min(out_size - 1, (size - 1 - offset) // stride)
-    if first > last:
-        return None
-    return slice(first, last + 1), slice(first * stride + offset, last * stride + offset + 1, stride)
 
 
 def _depthwise(v, add, kernel_size, dilation, stride):
@@ -123,8 +174,10 @@ def _depthwise_backward(go, v, add, kernel_size, dilation, stride, needs):
     if needs[3] and go.shape[1] * go.shape[2] < kernel_size ** 2:
         # The library's weight gradient takes milliseconds even on 2 x 2 pixels, where few taps lie in the image.
         dadd = torch.zeros_like(add)
-        for t, at, source in _taps(v, go, kernel_size, dilation, stride):
-            per_sample = (go[at] * v[source]).sum((1, 2))  # (B, C)
+        plan = _Plan(v, go.permute(0, 3, 1, 2)[:, :1].expand(-1, kernel_size ** 2, -1, -1), kernel_size, dilation, stride)
+        source, go_rows = plan.padded(v), plan.outputs(go)
+        for t, rows, read in plan.taps():
+            per_sample = (go_rows[..., rows, :] * read(source)).sum((3, 4)).flatten(1)  # (B, C)
             dadd.flatten(-2)[..., t] = per_sample if add.ndim == 4 else per_sample.sum(0)
         needs = (needs[0], None, None, False)
         if not needs[0]:

@@ -217,7 +217,7 @@ def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
     if (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and q.dtype != torch.float64 and q.numel():
         q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
         return _hadamard(q, k, weight, bias, float(scale), dilation)[0]
-    h = (q * k * scale).permute(0, 3, 1, 2)
+    h = (q * k if scale == 1 else q * k * scale).permute(0, 3, 1, 2)
     return F.gelu(F.conv2d(h, weight, bias, 1, weight.shape[3] // 2 * dilation, dilation, Q // weight.shape[1])).permute(0, 2, 3, 1)
 
 
