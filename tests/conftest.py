@@ -16,5 +16,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 if importlib.util.find_spec("triton"):
     import kernels.aggregation  # noqa: E402,F401
+    import kernels.generator  # noqa: E402,F401
 
 os.environ.pop("TRITON_INTERPRET", None)
