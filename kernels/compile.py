@@ -82,7 +82,7 @@ def resources(kernel, arguments, constants, target):
     signature, attrs = {}, {}
     for i, (name, value) in enumerate(zip(names, arguments)):
         if isinstance(value, torch.Tensor):
-            signature[name] = "*" + {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(value.dtype)[6:]]
+            signature[name] = "*" + {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(value.dtype)[6:]]
             divisible = True
         elif isinstance(value, float):
             signature[name], divisible = "fp32", False

@@ -2,9 +2,10 @@
 
 A block of channels is as many whole groups as fill the 16 that a matrix unit takes at least. The product q * k is first laid out block by
 block, with zeros between the rows of the image (`padded`): there a tap is one distance for all pixels, so the kernels that read it need no
-masks and hardly any address arithmetic. A program computes consecutive pixels of one block. A row of the k x k neighbourhood is one product:
-of (pixels, J * 16), each pixel's J = k neighbours rounded up to a power of two, with a matrix that has the groups' weights on the diagonals
-of its J blocks. For groups of 4 channels that is four times the work, at the rate of matrix units instead of vector units.
+masks and hardly any address arithmetic. A program computes consecutive pixels of one block. A row of the k x k neighbourhood is one product
+(N of them where it is long or its blocks are wide): of (pixels, J * 16), each pixel's k neighbours and a few more to a power of two, with a
+matrix that has the groups' weights on the diagonals of its J blocks. For groups of 4 channels that is four times the work, at the rate of
+matrix units instead of vector units.
 
 Sums are float32. Nothing is added atomically: the gradient of q * k gathers, that of the weights is partial sums, one per program.
 Prefixes as in aggregation.py.
@@ -19,6 +20,7 @@ import triton.language as tl
 from kernels import aggregation, tuning
 
 SMALLEST = 16  # side of the smallest product that tl.dot takes
+WIDEST = 128  # columns of a tile, and channels of a group: the tiles have to fit into shared memory
 TILE = 128  # most pixels of a product
 CHUNK = 2048  # pixels that one program of dweight_kernel sums, a multiple of TILE
 
@@ -43,10 +45,10 @@ def pad_kernel(p_a, p_b, p_out, H, W, Q, L, S, edge, s_ab, s_ay, s_ax, s_bb, s_b
 
 
 @triton.jit
-def hadamard_kernel(p_h, p_w, p_bias, p_z, p_u, H, W, Q, L, S, rows, scale,
-                    k: tl.constexpr, DIL: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, J: tl.constexpr, BP: tl.constexpr):
+def hadamard_kernel(p_h, p_w, p_bias, p_z, p_u, H, W, Q, L, S, products, scale,
+                    k: tl.constexpr, DIL: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, J: tl.constexpr, BP: tl.constexpr):
     """z = GELU(u), u = scale * convolution(h) + bias: both (B, H, W, Q); h padded."""
-    b_u = _convolution(p_h, p_w, H, L, S, rows, k, DIL, BC, J, BP)
+    b_u = _convolution(p_h, p_w, H, L, S, products, k, DIL, BC, N, J, BP)
     b, o_y, o_x, o_c, m_o, m_c = _pixels(H, W, Q, S, R, BC, BP)
     b_u = b_u * scale + tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     o_o = b * H * W * Q + ((o_y * W + o_x) * Q)[:, None] + o_c[None, :]
@@ -55,10 +57,10 @@ def hadamard_kernel(p_h, p_w, p_bias, p_z, p_u, H, W, Q, L, S, rows, scale,
 
 
 @triton.jit
-def dqk_kernel(p_du, p_w, p_q, p_k, p_dq, p_dk, H, W, Q, L, S, rows, s_qb, s_qy, s_qx, s_kb, s_ky, s_kx, scale,
-               k: tl.constexpr, DIL: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, J: tl.constexpr, BP: tl.constexpr):
+def dqk_kernel(p_du, p_w, p_q, p_k, p_dq, p_dk, H, W, Q, L, S, products, s_qb, s_qy, s_qx, s_kb, s_ky, s_kx, scale,
+               k: tl.constexpr, DIL: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, J: tl.constexpr, BP: tl.constexpr):
     """dq = k * dh, dk = q * dh, dh = scale * convolution of du, padded, with the mirrored, transposed weights: both (B, H, W, Q)."""
-    b_dh = _convolution(p_du, p_w, H, L, S, rows, k, DIL, BC, J, BP) * scale
+    b_dh = _convolution(p_du, p_w, H, L, S, products, k, DIL, BC, N, J, BP) * scale
     b, o_y, o_x, o_c, m_o, m_c = _pixels(H, W, Q, S, R, BC, BP)
     b_q = tl.load(p_q + b * s_qb + (o_y * s_qy + o_x * s_qx)[:, None] + o_c[None, :], mask=m_o, other=0.0).to(tl.float32)
     b_k = tl.load(p_k + b * s_kb + (o_y * s_ky + o_x * s_kx)[:, None] + o_c[None, :], mask=m_o, other=0.0).to(tl.float32)
@@ -69,45 +71,46 @@ def dqk_kernel(p_du, p_w, p_q, p_k, p_dq, p_dk, H, W, Q, L, S, rows, s_qb, s_qy,
 
 @triton.jit
 def dweight_kernel(p_du, p_h, p_part, H, L, S, edge, chunk, n_chunks,
-                   k: tl.constexpr, DIL: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, J: tl.constexpr, BP: tl.constexpr):
-    """Of one chunk of a sample's pixels and one row of taps the sum of h^T du: (B * chunks, blocks, k, J, BC, BC) float32, not yet scaled.
+                   k: tl.constexpr, DIL: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, J: tl.constexpr, BP: tl.constexpr):
+    """Of one chunk of a sample's pixels and J taps the sum of h^T du: (B * chunks, blocks, k, N * J, BC, BC) float32, not yet scaled.
 
     The programs of one chunk follow each other, so that what the first reads the others find in the cache.
     """
-    i, part, block = tl.program_id(0) % k, tl.program_id(0) // k, tl.program_id(1)
+    n, part, block = tl.program_id(0) % (k * N), tl.program_id(0) // (k * N), tl.program_id(1)
     p_image = ((part // n_chunks).to(tl.int64) * tl.num_programs(1) + block) * L * BC
     first = part % n_chunks * chunk
     o_p = tl.arange(0, BP)
-    p_h += p_image + i * DIL * S * BC + o_p[:, None] * BC + _neighbours(k, DIL, BC, J)[None, :]
+    p_h += p_image + o_p[:, None] * BC + _neighbours(n, S, k, DIL, BC, N, J)[None, :]
     p_du += p_image + edge * (S + 1) * BC + o_p[:, None] * BC + tl.arange(0, BC)[None, :]
     b_dw = tl.zeros([J * BC, BC], dtype=tl.float32)
     for start in range(first, tl.minimum(first + chunk, H * S), BP):  # beyond the last pixel du is zero
         b_h, b_du = tl.load(p_h + start * BC), tl.load(p_du + start * BC)
         b_dw = tl.dot(tl.trans(b_h), b_du, b_dw, input_precision="ieee")  # [J * BC, BP] @ [BP, BC] -> [J * BC, BC]
-    p_part += ((part.to(tl.int64) * tl.num_programs(1) + block) * k + i) * (J * BC * BC)
+    p_part += ((part.to(tl.int64) * tl.num_programs(1) + block) * (k * N) + n) * (J * BC * BC)
     tl.store(p_part + tl.arange(0, J * BC)[:, None] * BC + tl.arange(0, BC)[None, :], b_dw)
 
 
 @triton.jit
-def _convolution(p_h, p_w, H, L, S, rows, k: tl.constexpr, DIL: tl.constexpr, BC: tl.constexpr, J: tl.constexpr, BP: tl.constexpr):
+def _convolution(p_h, p_w, H, L, S, products, k: tl.constexpr, DIL: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, J: tl.constexpr, BP: tl.constexpr):
     """[BP, BC] of this program's pixels."""
     n_tiles = tl.cdiv(H * S, BP)
     b = (tl.program_id(0) // n_tiles).to(tl.int64)
     o_p = tl.program_id(0) % n_tiles * BP + tl.arange(0, BP)
-    p_h += (b * tl.num_programs(1) + tl.program_id(1)) * L * BC + o_p[:, None] * BC + _neighbours(k, DIL, BC, J)[None, :]
-    p_w += tl.program_id(1) * (k * J * BC * BC) + tl.arange(0, J * BC)[:, None] * BC + tl.arange(0, BC)[None, :]
+    p_h += (b * tl.num_programs(1) + tl.program_id(1)) * L * BC + o_p[:, None] * BC
+    p_w += tl.program_id(1) * (k * N * J * BC * BC) + tl.arange(0, J * BC)[:, None] * BC + tl.arange(0, BC)[None, :]
     b_sum = tl.zeros([BP, BC], dtype=tl.float32)
-    for i in range(rows):
-        b_h, b_w = tl.load(p_h + i * (DIL * S * BC)), tl.load(p_w + i * (J * BC * BC))
+    for n in range(products):  # k * N
+        b_h, b_w = tl.load(p_h + _neighbours(n, S, k, DIL, BC, N, J)[None, :]), tl.load(p_w + n * (J * BC * BC))
         b_sum = tl.dot(b_h, b_w, b_sum, input_precision="ieee")  # [BP, J * BC] @ [J * BC, BC] -> [BP, BC]
     return b_sum
 
 
 @triton.jit
-def _neighbours(k: tl.constexpr, DIL: tl.constexpr, BC: tl.constexpr, J: tl.constexpr):
-    """[J * BC]: how far each neighbour's channels are. Those from k to J, whose weights are zero, are the last one again."""
+def _neighbours(n, S, k: tl.constexpr, DIL: tl.constexpr, BC: tl.constexpr, N: tl.constexpr, J: tl.constexpr):
+    """[J * BC]: how far the channels of the n-th J neighbours are. Those after the k-th of a row, whose weights are zero, are the k-th again."""
     o_n = tl.arange(0, J * BC)
-    return tl.max_contiguous(tl.multiple_of(tl.minimum(o_n // BC, k - 1) * (DIL * BC) + o_n % BC, BC), BC)
+    o_j = tl.minimum(n % N * J + o_n // BC, k - 1)
+    return tl.max_contiguous(tl.multiple_of((n // N * S + o_j) * (DIL * BC) + o_n % BC, BC), BC)
 
 
 @triton.jit
@@ -151,11 +154,11 @@ def backward(dz, u, q, k, weight, scale, dilation):
         dqk_kernel[s.grid(config)](du, matrices, q, k, dq, dk, *s.sizes, *q.stride()[:3], *k.stride()[:3], scale, **s.constants, **config)
 
     tuning.launch("dqk", s.key, configs((128, 128, 2), (64, 128, 2), (128, 256, 3)), launch_dqk, q.device)
-    n_chunks, side, J, BC = triton.cdiv(s.H * s.S, CHUNK), *(s.constants[name] for name in ("k", "J", "BC"))
-    parts = torch.empty(s.B * n_chunks, s.blocks, side, J, BC, BC, dtype=torch.float32, device=q.device)
+    n_chunks, side, N, J, BC = triton.cdiv(s.H * s.S, CHUNK), *(s.constants[name] for name in ("k", "N", "J", "BC"))
+    parts = torch.empty(s.B * n_chunks, s.blocks, side, N * J, BC, BC, dtype=torch.float32, device=q.device)
 
     def launch_dweight(**config):
-        dweight_kernel[(s.B * n_chunks * side, s.blocks)](du, h, parts, s.H, s.L, s.S, s.edge, CHUNK, n_chunks, **s.constants, **config)
+        dweight_kernel[(s.B * n_chunks * side * N, s.blocks)](du, h, parts, s.H, s.L, s.S, s.edge, CHUNK, n_chunks, **s.constants, **config)
 
     tuning.launch("dweight", s.key, configs((128, 128, 2), (128, 256, 2), (64, 128, 3)), launch_dweight, q.device)
     dbias = du.sum((0, 2), dtype=torch.float32)[:, :s.constants["R"]].flatten()[:s.Q]
@@ -178,8 +181,11 @@ class _Setting:
         self.S = self.W + self.edge
         self.L = triton.cdiv(self.H * self.S, TILE) * TILE + 2 * self.edge * (self.S + 1)  # pixels that the last program reads
         self.dtype = torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else q.dtype  # the interpreter gets 16-bit products wrong
-        self.constants = dict(k=side, DIL=dilation, R=R, BC=max(SMALLEST, triton.next_power_of_2(R)), J=triton.next_power_of_2(side))
-        self.sizes = (self.H, self.W, self.Q, self.L, self.S, side)
+        BC = max(SMALLEST, triton.next_power_of_2(R))
+        J = min(triton.next_power_of_2(side), max(1, WIDEST // BC))
+        N = triton.cdiv(side, J)
+        self.constants = dict(k=side, DIL=dilation, R=R, BC=BC, N=N, J=J)
+        self.sizes = (self.H, self.W, self.Q, self.L, self.S, side * N)
         self.key = dict(dtype=str(q.dtype)[6:], k=side, dilation=dilation, width=self.width, channels=self.Q,
                         pixels=triton.next_power_of_2(max(1, self.H * self.W)))
 
@@ -194,7 +200,7 @@ class _Setting:
         return out
 
     def matrices(self, weight, mirrored):
-        """(blocks, k, J, BC, BC): tap by tap from input to output channel; mirrored: from output to input, the taps in reverse."""
+        """(blocks, k, N * J, BC, BC): tap by tap from input to output channel; mirrored: from output to input, the taps in reverse."""
         w, k, n = self.width, self.constants["k"], self.per_block
         groups = weight.new_zeros(self.blocks * n, w, w, k * k)  # (groups, out, in, K)
         groups[:self.Q // w] = weight.reshape(self.Q // w, w, w, k * k)
@@ -203,10 +209,10 @@ class _Setting:
         matrices.diagonal(dim1=2, dim2=4).copy_(groups.flip(1) if mirrored else groups)
         extra = self.constants["BC"] - n * w
         matrices = matrices.reshape(self.blocks, k, k, n * w, n * w)
-        return F.pad(matrices, (0, extra, 0, extra, 0, self.constants["J"] - k)).to(self.dtype).contiguous()
+        return F.pad(matrices, (0, extra, 0, extra, 0, self.constants["N"] * self.constants["J"] - k)).to(self.dtype).contiguous()
 
     def groups(self, matrices):
-        """The reverse of matrices: (blocks, k, J, BC, BC) -> (Q, width, k, k)."""
+        """The reverse of matrices: (blocks, k, N * J, BC, BC) -> (Q, width, k, k)."""
         w, n, k = self.width, self.per_block, self.constants["k"]
         matrices = matrices[:, :, :k, :n * w, :n * w].reshape(self.blocks, k * k, n, w, n, w).diagonal(dim1=2, dim2=4)  # (blocks, K, in, out, n)
         return matrices.permute(0, 4, 3, 2, 1).reshape(-1, w, k, k)[:self.Q].contiguous()

@@ -204,8 +204,8 @@ def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
         weight: (Q, width, k, k), groups of `width` channels, which divides Q; k odd. bias: (Q,).
         scale: of the product. dilation: distance between taps.
 
-    Returns (B, H, W, Q) in q's dtype. Differentiable once in q, k, weight and bias. CUDA tensors of float16, bfloat16 and float32 go
-    through Triton kernels, two runs of which are bit-identical, others through torch. Raises ValueError for shapes that do not fit. Source: arXiv 2112.12786, section 3.1.
+    Returns (B, H, W, Q) in q's dtype. Differentiable once in q, k, weight and bias. CUDA tensors of float16, bfloat16 and float32 with groups of
+    up to 128 channels go through Triton kernels, two runs of which are bit-identical, others through torch. Raises ValueError for shapes that do not fit. Source: arXiv 2112.12786, section 3.1.
     """
     if q.ndim != 4 or q.shape != k.shape:
         raise ValueError(f"q, k: got shapes {tuple(q.shape)} and {tuple(k.shape)}, expected the same (B, H, W, Q) for both")
@@ -214,7 +214,8 @@ def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected ({Q}, width, k, k) with a width that divides {Q} and an odd k")
     if tuple(bias.shape) != (Q,):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({Q},)")
-    if (q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and q.dtype != torch.float64 and q.numel():
+    on_kernels = q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if on_kernels and q.dtype != torch.float64 and weight.shape[1] <= 128 and q.numel():
         q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
         return _hadamard(q, k, weight, bias, float(scale), dilation)[0]
     h = (q * k if scale == 1 else q * k * scale).permute(0, 3, 1, 2)

@@ -57,7 +57,7 @@ def test_cpu_path_of_torchs_convolution(H, W, groups, width, k, dilation, scale,
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 @settings(deadline=None, max_examples=12)
-@given(H=st.integers(1, 5), W=st.integers(1, 5), groups=st.integers(1, 5), width=st.sampled_from([1, 2, 3, 4, 5, 8, 16, 17]),
+@given(H=st.integers(1, 5), W=st.integers(1, 5), groups=st.integers(1, 5), width=st.sampled_from([1, 2, 3, 4, 5, 8, 16, 17, 40]),
        k=st.sampled_from([1, 3]), dilation=st.integers(1, 2), scale=st.sampled_from([1.0, 0.3]), seed=st.integers(0, 999))
 def test_kernels_of_torchs_convolution(H, W, groups, width, k, dilation, scale, seed):
     compare(problem(seed, 1, H, W, groups, width, k), scale, dilation, "triton", 1e-4)
