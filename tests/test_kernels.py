@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from kernels import elsa_attention, elsa_attention_reference, tuning
+from kernels import cpu, elsa_attention, elsa_attention_reference, tuning
 
 GOLDEN = Path(__file__).parent / "golden"
 BACKENDS = ("cpu", "triton") if importlib.util.find_spec("triton") else ("cpu",)
@@ -98,12 +98,13 @@ class Case:
 def problems(draw):
     one_of = lambda *values: draw(st.sampled_from(values))
     attention = draw(st.integers(0, 9)) > 0
-    return dict(seed=draw(st.integers(0, 2 ** 16)), B=one_of(1, 1, 2), H=draw(st.integers(1, 7)), W=draw(st.integers(1, 7)),
+    runs = draw(st.booleans())  # of four pixels, which the Triton kernels compute together for these strides, dilations and dtypes
+    return dict(seed=draw(st.integers(0, 2 ** 16)), B=one_of(1, 1, 2), H=draw(st.integers(1, 7)), W=draw(st.integers(1, 9)),
                 heads=one_of(1, 2, 3) if attention else 1, width=one_of(1, 2, 3, 4, 6), kernel_size=one_of(1, 3, 3, 3, 5),
-                dilation=one_of(1, 1, 2, 3), stride=one_of(1, 1, 2, 3), mul=one_of(*FILTERS) if attention else None,
+                dilation=1 if runs else one_of(1, 1, 2, 3), stride=1 if runs else one_of(1, 1, 2, 3), mul=one_of(*FILTERS) if attention else None,
                 add=one_of(*FILTERS) if attention else one_of("static", "per-sample"), lam=one_of(0, 1, 1, 2),
                 gamma=one_of(0, 1, 1, -0.5) if attention else 1, normalize=draw(st.booleans()), attention=attention,
-                dtype=one_of(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+                dtype=one_of(torch.float32 if runs else torch.float64, torch.float32, torch.float16, torch.bfloat16),
                 v_layout=one_of("contiguous", "slice of a projection", "nchw"), logits_layout=one_of("nchw", "nhwc", "cropped"))
 
 
@@ -119,12 +120,24 @@ def test_cpu_equals_reference(problem):
         Case(**problem, device=device).check()
 
 
+@pytest.mark.parametrize("filters", ("static", "per-sample"))
+def test_cpu_in_pieces_of_the_batch(filters, monkeypatch):
+    monkeypatch.setattr(cpu, "PIECE", 2 * 5 * 6 * 6)  # two samples
+    Case(B=5, mul=filters, add=filters).check()
+
+
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 @hypothesis_settings(25)
 @given(problems())
 def test_triton_equals_reference(problem):
     with backend("triton") as device:
         Case(**problem, device=device).check()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_more_taps_in_a_row_than_one_program_sums(name):
+    with backend(name) as device:
+        Case(B=2, H=3, W=6, heads=1, width=2, kernel_size=9, mul="static", dtype=torch.float32, device=device).check()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
