@@ -1,18 +1,4 @@
-"""How fast this machine computes ELSA, as operator, layer and model, beside what else could stand there: `python run.py bench`.
-
-Rows that compute the same, and are checked against `naive` before they are timed, results and gradients alike:
-    ours, elsa       this project's kernels
-    naive            kernels/reference.py, one tap at a time; speed-ups are over this row
-    unfold           what the published code computes on a CPU: filters for every channel, tap and pixel, and K copies of v
-    torch.compile    naive, compiled
-Rows that compute something else, for scale:
-    depthwise        depth-wise convolution of the same kernel size
-    window, outlook  attention inside windows of 7 x 7; outlook attention, VOLO's own
-    flex             FlexAttention, masked to the neighbourhood of the same kernel size
-
-A layer is the operator with its projections and the generator of its logits. Forward is without gradients (a model evaluates),
-forward+backward has the gradients of all inputs and parameters (a model trains, without the optimizer).
-"""
+"""How fast this machine computes ELSA beside what else could stand there: `python run.py bench`. What is timed: contenders.py."""
 import argparse
 import contextlib
 import datetime
@@ -23,186 +9,17 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-import models.elsa
-from kernels import elsa_attention, elsa_attention_reference
-from models import create_model
-from models.attention import local_attention
+from eval import contenders
+from eval.contenders import COMPILED, DTYPES, IMAGES, LEVELS, MODELS, SAME, cases, default_batch
 from train.config import Parser
-from train.device import autocast
 from train.run_folder import replace_atomically
 
-
-class Shape(NamedTuple):
-    height: int
-    width: int
-    heads: int  # of 32 channels
-    kernel_size: int
-    lam: int
-    group_width: int  # of the generator's convolution, at layer level
-
-
-MODELS = {"swin_t": (3, 4), "swin_s": (3, 8), "swin_b": (4, 8), "volo_d1": (6, 8)}  # heads of stage 1, group width
-SHAPES = {f"{model} stage {i + 1}": Shape(56 >> i, 56 >> i, heads << i, 7, 0, width)
-          for model, (heads, width) in MODELS.items() if model.startswith("swin") for i in range(3)}
-SHAPES["volo_d1 stage 1"] = Shape(28, 28, 6, 5, 1, 8)
-SHAPES |= {f"detector stage {i + 1}": Shape(200 >> i, (334, 167, 84)[i], 3 << i, 7, 0, 4) for i in range(3)}  # Swin-T, 800 x 1333 pixels
-WINDOW = 7
-SAME = ("ours", "unfold", "torch.compile")  # rows that have to equal the naive one
-COMPILED = ("torch.compile", "flex", "elsa compiled", "window compiled", "outlook compiled")
-IMAGES = 4  # on which rows are checked: the naive reference needs K copies of everything
 SLOW = 3.0  # seconds after which a row is repeated no more
-DTYPES = {"float32": "none", "float16": "fp16", "bfloat16": "bf16"}  # and what models call them under autocast
-
-
-@dataclass
-class Row:
-    """What is timed: function(*images) -> out, and its gradients in those images that require one and in the parameters."""
-    function: Callable
-    images: tuple
-    parameters: tuple = ()
-
-    def __call__(self, grad_out):
-        """(out, gradients...); grad_out None: the forward pass alone."""
-        with torch.set_grad_enabled(grad_out is not None):
-            out = self.function(*self.images)
-        wanted = [*(x for x in self.images if x.requires_grad), *self.parameters] if grad_out is not None else []
-        return out.detach(), *(torch.autograd.grad(out, wanted, grad_out) if wanted else ())
-
-    def on_few(self):
-        return Row(self.function, tuple(x[:IMAGES].detach().requires_grad_(x.requires_grad) for x in self.images), self.parameters)
-
-    def bytes(self, out_like, backward):
-        """Compulsory traffic: inputs, filters and output once; backward, inputs, filters and grad_out again, and the gradients."""
-        inputs, out = (sum(x.numel() * x.element_size() for x in tensors) for tensors in ((*self.images, *self.parameters), (out_like,)))
-        return 3 * inputs + 2 * out if backward else inputs + out
-
-
-def operator(shape, batch_size, dtype, device, backward):
-    """({row: function that makes it}, grad_out) of the aggregation, on random tensors."""
-    H, W, G, k, lam, _ = shape
-    torch.manual_seed(0)
-    draw = lambda *size: torch.randn(*size, device=device, dtype=dtype).requires_grad_(backward)
-    v, q, keys = (draw(batch_size, H, W, G * 32) for _ in range(3))
-    logits, add = draw(batch_size, G * k * k, H, W), draw(G * 32, k, k)
-    mul = draw(G * 32, k, k) if lam else None
-    elsa = lambda function: Row(lambda v, logits: function(v, logits, mul, add, kernel_size=k, lam=lam), (v, logits), (mul, add) if lam else (add,))
-    rows = {"ours": lambda: elsa(elsa_attention), "naive": lambda: elsa(elsa_attention_reference), "unfold": lambda: elsa(unfold),
-            "torch.compile": lambda: elsa(torch.compile(elsa_attention_reference, dynamic=False)),
-            "depthwise": lambda: Row(lambda v: depthwise(v, add), (v,), (add,)),
-            "window": lambda: Row(lambda *qkv: window(*qkv, G), (q, keys, v)),
-            "flex": lambda: Row(flex(H, W, G, k, device), (q, keys, v))}
-    return rows, torch.randn_like(v, requires_grad=False)
-
-
-def unfold(v, logits, ghost_mul, ghost_add, *, kernel_size, lam):
-    B, H, W, C = v.shape
-    K, G = kernel_size ** 2, logits.shape[1] // kernel_size ** 2
-    ghost_mul = ghost_mul if lam else torch.ones_like(ghost_add)
-    a = logits.view(B, G, 1, K, H * W).softmax(3)
-    filters = ghost_mul.view(1, G, C // G, K, 1) * a + ghost_add.view(1, G, C // G, K, 1)
-    copies = F.unfold(v.permute(0, 3, 1, 2), kernel_size, padding=kernel_size // 2).view(B, G, C // G, K, H * W)
-    return (copies * filters).sum(3).view(B, C, H, W).permute(0, 2, 3, 1)
-
-
-def depthwise(v, filters):
-    k = filters.shape[-1]
-    return F.conv2d(v.permute(0, 3, 1, 2), filters[:, None], padding=k // 2, groups=len(filters)).permute(0, 2, 3, 1)
-
-
-def window(q, k, v, heads):
-    """Attention inside windows, (B, H, W, C) each -> (B, H, W, C); maps are padded to whole windows, and the padding attended to."""
-    B, H, W, C = v.shape
-    rows, columns = -(-H // WINDOW), -(-W // WINDOW)
-    q, k, v = (F.pad(x, (0, 0, 0, columns * WINDOW - W, 0, rows * WINDOW - H)).view(B, rows, WINDOW, columns, WINDOW, heads, -1)
-               .permute(0, 1, 3, 5, 2, 4, 6).reshape(B * rows * columns, heads, WINDOW ** 2, -1) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v).view(B, rows, columns, heads, WINDOW, WINDOW, -1)
-    return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, rows * WINDOW, columns * WINDOW, C)[:, :H, :W]
-
-
-def flex(H, W, heads, kernel_size, device):
-    """(q, k, v) -> out, (B, H, W, C) each: every pixel attends to the k x k around it."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    near = lambda i, j: (i - j).abs() <= kernel_size // 2
-    neighbours = lambda b, h, i, j: near(i // W, j // W) & near(i % W, j % W)
-    mask = torch.compile(create_block_mask, dynamic=False)(neighbours, None, None, H * W, H * W, device=device)
-    attend = torch.compile(flex_attention, dynamic=False)
-
-    def function(*qkv):
-        q, k, v = (x.unflatten(3, (heads, -1)).flatten(1, 2).transpose(1, 2) for x in qkv)  # (B, G, H * W, D)
-        return attend(q, k, v, block_mask=mask).transpose(1, 2).reshape(qkv[0].shape)
-
-    return function
-
-
-def layer(shape, batch_size, dtype, device, backward):
-    """({row: function that makes it}, grad_out) of the layer, with the published settings of the model that it comes from."""
-    H, W, G, k, lam, group_width = shape
-    torch.manual_seed(0)
-    x = torch.randn(batch_size, H, W, G * 32, device=device, dtype=dtype).requires_grad_(backward)
-    make = lambda attn: local_attention(  # Swin's projections have a bias, VOLO's (lam = 1) none
-        attn, G * 32, G, kernel_size=k, window=dict(window_size=WINDOW, shift=0),
-        elsa=dict(qkv_bias=lam == 0, qk_scale=1, group_width=group_width, lam=lam)).to(device, dtype)
-    elsa = make("elsa")
-    row = lambda layer, function=None: Row(function or layer, (x,), tuple(layer.parameters()))
-    rows = {"ours": lambda: row(elsa), "naive": lambda: row(elsa, naively(elsa)),
-            "torch.compile": lambda: row(elsa, naively(torch.compile(elsa, dynamic=False))),
-            "window": lambda: row(make("window")), "depthwise": lambda: row(make("dwconv"))}
-    return rows, torch.randn_like(x, requires_grad=False)
-
-
-def model(name, batch_size, dtype, device, backward):
-    """({row: function that makes it}, grad_out) of a whole model, under autocast for 16-bit dtypes; out is the mean of all its logits.
-
-    The naive model is not compiled: that is K taps in every layer, one by one. The layer level has it.
-    """
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # as in training
-    images = torch.randn(batch_size, 3, 224, 224, device=device).to(memory_format=layout)
-
-    def row(attn, wrap=lambda model: model):
-        torch.manual_seed(0)
-        model = create_model(name, attn=attn).to(device, memory_format=layout).train(backward)
-        runner = wrap(model)
-
-        def function(images):
-            with autocast(device, DTYPES[str(dtype)[6:]]):
-                out = runner(images)
-            return sum(part.float().mean() for part in (out if isinstance(out, tuple) else (out,)))
-
-        return Row(function, (images,), tuple(model.parameters()))
-
-    plain = "outlook" if name.startswith("volo") else "window"
-    rows = {"elsa": lambda: row("elsa"), plain: lambda: row(plain), "elsa naive": lambda: row("elsa", naively),
-            "elsa compiled": lambda: row("elsa", torch.compile), f"{plain} compiled": lambda: row(plain, torch.compile)}
-    return rows, torch.ones((), device=device)
-
-
-def naively(layer):
-    """The layer or model with models.elsa on the naive reference and on torch's own convolution."""
-    def hadamard(q, k, weight, bias, *, scale, dilation):
-        h = (q * k * scale).permute(0, 3, 1, 2)
-        return F.gelu(F.conv2d(h, weight, bias, 1, weight.shape[3] // 2 * dilation, dilation, len(weight) // weight.shape[1])).permute(0, 2, 3, 1)
-
-    def function(x):
-        ours = models.elsa.elsa_attention, models.elsa.hadamard
-        models.elsa.elsa_attention, models.elsa.hadamard = elsa_attention_reference, hadamard
-        try:
-            return layer(x)
-        finally:
-            models.elsa.elsa_attention, models.elsa.hadamard = ours
-
-    return function
-
-
-LEVELS = {"operator": operator, "layer": layer, "model": model}
 
 
 def main(argv):
@@ -215,6 +32,7 @@ def main(argv):
     report = dict(machine(device), dtype=str(dtype)[6:], repeats=args.repeats, copy_gb_per_s=copy_bandwidth(device),
                   matrix_tflops=matrix_rate(device, dtype), rows=[])
     print(heading(report), flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for i, (level, name, shape) in enumerate(todo):
         if i == 0 or level != todo[i - 1][0]:
             print(f"\n{level}\n{line(COLUMNS)}\n{RULE}", flush=True)
@@ -231,9 +49,8 @@ def main(argv):
                 report["rows"].append({**case, **row, "bytes": moved, "gb_per_s": speed, "images_per_s": rate,
                                        "share_of_copy": speed and speed / report["copy_gb_per_s"]})
                 print(line(cells(report["rows"][-1])), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    replace_atomically(args.out, lambda file: file.write(json.dumps(report, indent=1).encode()))
-    replace_atomically(args.out.with_suffix(".md"), lambda file: file.write(markdown(report).encode()))
+            replace_atomically(args.out, lambda file: file.write(json.dumps(report, indent=1).encode()))  # each time: it may be stopped
+            replace_atomically(args.out.with_suffix(".md"), lambda file: file.write(markdown(report).encode()))
     replace_atomically(args.out.with_suffix(".png"), lambda file: plot(report, file))
     print(f"written: {args.out}, and beside it .md and .png")
 
@@ -241,7 +58,7 @@ def main(argv):
 def parse(argv):
     """(arguments, device, dtype, [(level, name, shape)]); raises ValueError for what the user can mend."""
     parser = Parser(prog="run.py bench", description="Time ELSA as operator, layer and model; write JSON, and beside it Markdown and PNG.")
-    shapes = [*SHAPES, *dict.fromkeys(name.split()[0] for name in SHAPES)]
+    shapes = [*contenders.SHAPES, *dict.fromkeys(name.split()[0] for name in contenders.SHAPES)]
     parser.add_argument("--level", nargs="+", choices=list(LEVELS), default=None, help="default: all, on a CPU operator and layer")
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=None, metavar="SHAPE",
                         help=f"{', '.join(shapes)}; without a stage: all stages, and the model; default: all, on a CPU swin_t and volo_d1")
@@ -270,25 +87,13 @@ def parse(argv):
     if gpu:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32: naive is what others are checked against
-    chosen = args.shapes or (list(SHAPES) if gpu else ["swin_t", "volo_d1"])
+    chosen = args.shapes or (list(contenders.SHAPES) if gpu else ["swin_t", "volo_d1"])
     todo = [(level, *case) for level in args.level or (LEVELS if gpu else ("operator", "layer")) for case in cases(level, chosen)]
     if not todo:
         raise ValueError(f"--shapes: got {', '.join(chosen)}, expected some of {', '.join(MODELS)} for --level model")
     args.repeats = args.repeats or (20 if gpu else 5)
     args.compile = gpu if args.compile is None else args.compile
     return args, device, getattr(torch, args.dtype or ("bfloat16" if gpu else "float32")), todo
-
-
-def cases(level, chosen):
-    """[(name, shape)] of a level; at model level the shape is the model's name. The operator is the same in Swin-S as in Swin-T: once."""
-    if level == "model":
-        return [(name, name) for name in MODELS if any(shape.split()[0] == name for shape in chosen)]
-    found = {name: shape for name, shape in SHAPES.items() if name in chosen or name.split()[0] in chosen}
-    return list({re.sub("^swin_[ts] ", "swin_t/s ", name) if level == "operator" else name: shape for name, shape in found.items()}.items())
-
-
-def default_batch(name, device):
-    return (2 if device.type == "cuda" else 1) if name.startswith("detector") else 128 if device.type == "cuda" else 4
 
 
 def tune(device, dtype):
@@ -298,7 +103,7 @@ def tune(device, dtype):
         raise ValueError(f"--tune: got device {device}, expected a GPU; on a CPU there is nothing to choose")
     tuning.set_tuned({})
     for level in ("operator", "layer"):
-        for name, shape in cases(level, list(SHAPES)):
+        for name, shape in cases(level, list(contenders.SHAPES)):
             makers, grad_out = LEVELS[level](shape, default_batch(name, device), dtype, device, True)
             makers["ours"]()(grad_out)
     print(f"written: {tuning.ship(device)}")

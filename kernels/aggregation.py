@@ -46,20 +46,8 @@ def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
     p_v += b * s_vb + g * D
     p_mul += b * s_mb + g * D + o_d
     p_add += b * s_ab + g * D + o_d
-    for i in range(rows):
-        o_vy = o_y * STRIDE + (i - k // 2) * DIL
-        m_y = (o_y < Ho) & (o_vy >= 0) & (o_vy < H)
-        p_row = (p_v + o_vy * s_vy + o_x * STRIDE * s_vx)[:, None] + o_d[None, :]  # [BP, BD]
-        b_v = (b_out[0],)  # the window; this tile leaves it before it is used
-        for j in tl.static_range(P - 1 + k):
-            b_v = b_v + (_pixel(p_row, o_x * STRIDE, j - k // 2, DIL, s_vx, W, m_y, m_d, ACC),)
-            if j >= P - 1:  # the window is full: of tap j - (P - 1)
-                b_v = b_v[1:]
-                t = i * k + j - (P - 1)
-                b_m, b_a = _ghosts(p_mul, p_add, m_d, t * C, MUL, ADD, ACC)
-                for p in tl.static_range(P):
-                    b_f = _filter(p_l + t * s_lc + p * s_lp, b_m, b_a, b_lse[p], m_p[p], ATTN, NORM, MUL, ADD, ACC)
-                    b_out = b_out[:p] + (b_out[p] + b_v[p] * b_f,) + b_out[p + 1:]
+    b_out = _sum_over_taps(b_out, p_v, p_l, p_mul, p_add, b_lse, m_p, o_y, o_x, o_d, m_d, H, W, Ho, C, rows, s_vy, s_vx, s_lc, s_lp,
+                           k, DIL, STRIDE, ATTN, NORM, MUL, ADD, ACC, P)
     for p in tl.static_range(P):
         p_o = (p_out + b * Ho * Wo * C + g * D + (o_p + p) * C)[:, None] + o_d[None, :]
         tl.store(p_o, b_out[p], mask=m_p[p][:, None] & m_d[None, :])
@@ -148,28 +136,14 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
         else:
             b_lse = b_lse + (b_sum[0],)
     if NORM:
-        for i in range(rows):
-            o_vy = o_y * STRIDE + (i - k // 2) * DIL
-            m_y = (o_y < Ho) & (o_vy >= 0) & (o_vy < H)
-            p_row = (p_v + o_vy * s_vy + o_x * STRIDE * s_vx)[:, None] + o_d[None, :]
-            b_v = (b_attended[0],)
-            for j in tl.static_range(P - 1 + k):
-                b_v = b_v + (_pixel(p_row, o_x * STRIDE, j - k // 2, DIL, s_vx, W, m_y, m_d, ACC),)
-                if j >= P - 1:
-                    b_v = b_v[1:]
-                    t = i * k + j - (P - 1)
-                    b_m, b_a = _ghosts(p_mul, p_mul, m_d, t * C, MUL, False, ACC)
-                    for p in tl.static_range(P):
-                        b_f = _filter(p_l + t * s_lc + p * s_lp, b_m, b_a, b_lse[p], m_p[p], True, True, MUL, False, ACC)
-                        b_attended = b_attended[:p] + (b_attended[p] + b_v[p] * b_f,) + b_attended[p + 1:]
+        b_attended = _sum_over_taps(b_attended, p_v, p_l, p_mul, p_mul, b_lse, m_p, o_y, o_x, o_d, m_d, H, W, Ho, C, rows, s_vy, s_vx, s_lc, s_lp,
+                                    k, DIL, STRIDE, True, True, MUL, False, ACC, P)
         b_sum = ()
         for p in tl.static_range(P):
             b_sum = b_sum + (tl.sum(b_go[p] * b_attended[p], axis=1),)
     for i in range(rows):
-        o_vy = o_y * STRIDE + (i - k // 2) * DIL
-        m_y = (o_y < Ho) & (o_vy >= 0) & (o_vy < H)
-        p_row = (p_v + o_vy * s_vy + o_x * STRIDE * s_vx)[:, None] + o_d[None, :]
-        b_v = (b_attended[0],)
+        p_row, m_y = _row(p_v, o_y, o_x, o_d, i, H, Ho, s_vy, s_vx, k, DIL, STRIDE)
+        b_v = (b_attended[0],)  # the window, as in _sum_over_taps
         for j in tl.static_range(P - 1 + k):
             b_v = b_v + (_pixel(p_row, o_x * STRIDE, j - k // 2, DIL, s_vx, W, m_y, m_d, ACC),)
             if j >= P - 1:
@@ -221,9 +195,8 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
         o_n = start + tl.arange(0, BP)
         o_y, o_x = o_n // per_row, o_n % per_row * P
         o_p = o_y * Wo + o_x
-        o_vy = o_y * STRIDE + (i - k // 2) * DIL
-        m_y = (o_n < last) & (o_vy >= 0) & (o_vy < H)
-        p_row = (p_v + o_vy * s_vy + o_x * STRIDE * s_vx)[:, None] + o_d[None, :]
+        p_row, m_y = _row(p_v, o_y, o_x, o_d, i, H, Ho, s_vy, s_vx, k, DIL, STRIDE)
+        m_y &= o_n < last
         m_p, b_go, b_lse = (), (), ()
         for p in tl.static_range(P):
             m = (o_n < last) & (o_x + p < Wo)
@@ -267,6 +240,34 @@ def _runs(H, W, P: tl.constexpr, BP: tl.constexpr, EVERY: tl.constexpr):
         o_n = first + tl.arange(0, BP)
         o_y, o_x = o_n // per_row, o_n % per_row * P
     return b, tl.program_id(1), o_y, o_x
+
+
+@triton.jit
+def _sum_over_taps(b_out, p_v, p_l, p_mul, p_add, b_lse, m_p, o_y, o_x, o_d, m_d, H, W, Ho, C, rows, s_vy, s_vx, s_lc, s_lp,
+                   k: tl.constexpr, DIL: tl.constexpr, STRIDE: tl.constexpr, ATTN: tl.constexpr, NORM: tl.constexpr, MUL: tl.constexpr,
+                   ADD: tl.constexpr, ACC: tl.constexpr, P: tl.constexpr):
+    """b_out, P tiles [BP, BD], plus filter times v, summed over the taps. A window of P pixels advances by one a tap."""
+    for i in range(rows):
+        p_row, m_y = _row(p_v, o_y, o_x, o_d, i, H, Ho, s_vy, s_vx, k, DIL, STRIDE)
+        b_v = (b_out[0],)  # this tile leaves the window before it is used
+        for j in tl.static_range(P - 1 + k):
+            b_v = b_v + (_pixel(p_row, o_x * STRIDE, j - k // 2, DIL, s_vx, W, m_y, m_d, ACC),)
+            if j >= P - 1:  # the window is full: of tap j - (P - 1)
+                b_v = b_v[1:]
+                t = i * k + j - (P - 1)
+                b_m, b_a = _ghosts(p_mul, p_add, m_d, t * C, MUL, ADD, ACC)
+                for p in tl.static_range(P):
+                    b_f = _filter(p_l + t * s_lc + p * s_lp, b_m, b_a, b_lse[p], m_p[p], ATTN, NORM, MUL, ADD, ACC)
+                    b_out = b_out[:p] + (b_out[p] + b_v[p] * b_f,) + b_out[p + 1:]
+    return b_out
+
+
+@triton.jit
+def _row(p_v, o_y, o_x, o_d, i, H, Ho, s_vy, s_vx, k: tl.constexpr, DIL: tl.constexpr, STRIDE: tl.constexpr):
+    """Pointers [BP, BD] to where row i of the neighbourhood has the column of the centre, and whether there is such a row."""
+    o_vy = o_y * STRIDE + (i - k // 2) * DIL
+    p_row = (p_v + o_vy * s_vy + o_x * STRIDE * s_vx)[:, None] + o_d[None, :]
+    return p_row, (o_y < Ho) & (o_vy >= 0) & (o_vy < H)
 
 
 @triton.jit
@@ -468,7 +469,8 @@ class _Setting:
         self.sizes = (self.H, self.W, self.Ho, self.Wo, self.G)
         D = self.C // self.G
         P = 4 if dilation == stride == 1 and self.accumulator == torch.float32 else 1  # neighbours share pixels only when both are 1
-        self.constants = dict(k=kernel_size, DIL=dilation, STRIDE=stride, D=D, BD=triton.next_power_of_2(D), P=P)
+        # Without fusion, the default from Triton 3.10 on, a multiply-add is two instructions.
+        self.constants = dict(k=kernel_size, DIL=dilation, STRIDE=stride, D=D, BD=triton.next_power_of_2(D), P=P, enable_fp_fusion=True)
         self.flags = dict(ATTN=logits is not None, NORM=normalize and logits is not None, MUL=mul is not None, ADD=add is not None,
                           ACC=tl.float64 if v.dtype == torch.float64 else tl.float32)
         self.key = dict(dtype=str(v.dtype)[6:], k=kernel_size, dilation=dilation, stride=stride, heads=self.G, width=D,

@@ -184,7 +184,7 @@ class _Setting:
         BC = max(SMALLEST, triton.next_power_of_2(R))
         J = min(triton.next_power_of_2(side), max(1, WIDEST // BC))
         N = triton.cdiv(side, J)
-        self.constants = dict(k=side, DIL=dilation, R=R, BC=BC, N=N, J=J)
+        self.constants = dict(k=side, DIL=dilation, R=R, BC=BC, N=N, J=J, enable_fp_fusion=True)
         self.sizes = (self.H, self.W, self.Q, self.L, self.S, side * N)
         self.key = dict(dtype=str(q.dtype)[6:], k=side, dilation=dilation, width=self.width, channels=self.Q,
                         pixels=triton.next_power_of_2(max(1, self.H * self.W)))
@@ -196,7 +196,8 @@ class _Setting:
         R, BC, BP = self.constants["R"], self.constants["BC"], 64
         out = torch.empty(self.B, self.blocks, self.L, BC, dtype=self.dtype, device=a.device)
         pad_kernel[(self.B * triton.cdiv(self.L, BP), self.blocks)](
-            a, b, out, self.H, self.W, self.Q, self.L, self.S, self.edge, *a.stride()[:3], *b.stride()[:3], R=R, BC=BC, GELU=GELU, BP=BP)
+            a, b, out, self.H, self.W, self.Q, self.L, self.S, self.edge, *a.stride()[:3], *b.stride()[:3],
+            R=R, BC=BC, GELU=GELU, BP=BP, enable_fp_fusion=True)
         return out
 
     def matrices(self, weight, mirrored):

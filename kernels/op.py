@@ -205,7 +205,8 @@ def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
         scale: of the product. dilation: distance between taps.
 
     Returns (B, H, W, Q) in q's dtype. Differentiable once in q, k, weight and bias. CUDA tensors of float16, bfloat16 and float32 with groups of
-    up to 128 channels go through Triton kernels, two runs of which are bit-identical, others through torch. Raises ValueError for shapes that do not fit. Source: arXiv 2112.12786, section 3.1.
+    up to 128 channels go through Triton kernels, two runs of which are bit-identical, others through torch.
+    Raises ValueError for shapes that do not fit. Source: arXiv 2112.12786, section 3.1.
     """
     if q.ndim != 4 or q.shape != k.shape:
         raise ValueError(f"q, k: got shapes {tuple(q.shape)} and {tuple(k.shape)}, expected the same (B, H, W, Q) for both")

@@ -6,13 +6,13 @@ import torch
 
 import kernels
 import models.elsa
-from eval import bench
+from eval import bench, contenders
 from run import main
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(bench, "SHAPES", {"tiny stage 1": bench.Shape(9, 8, 2, 3, 1, 8), "swin_t stage 1": bench.Shape(7, 7, 1, 3, 0, 4)})
+    monkeypatch.setattr(contenders, "SHAPES", {"tiny stage 1": contenders.Shape(9, 8, 2, 3, 1, 8), "swin_t stage 1": contenders.Shape(7, 7, 1, 3, 0, 4)})
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 10.0)
     monkeypatch.setattr(bench, "matrix_rate", lambda device, dtype: 1.0)
 
@@ -49,7 +49,7 @@ def test_table_plot_and_numbers_agree(tmp_path, capsys, dtype):
 
 def test_wrong_result_gets_no_time(tmp_path, monkeypatch):
     ours = kernels.elsa_attention
-    monkeypatch.setattr(bench, "elsa_attention", lambda v, *rest, **options: ours(v, *rest, **options) + 1e-2 * torch.randn_like(v))
+    monkeypatch.setattr(contenders, "elsa_attention", lambda v, *rest, **options: ours(v, *rest, **options) + 1e-2 * torch.randn_like(v))
     rows = run(tmp_path)
     for row in of(rows, "ours"):
         assert row["note"] == "wrong" and row["ms"] is row["speedup"] is row["gb_per_s"] is None
@@ -58,7 +58,7 @@ def test_wrong_result_gets_no_time(tmp_path, monkeypatch):
 
 def test_wrong_gradient_of_a_filter_gets_no_time(tmp_path, monkeypatch):
     ours = kernels.elsa_attention
-    monkeypatch.setattr(bench, "elsa_attention", lambda v, x, mul, add, **options: ours(v, x, mul, 1.01 * add - 0.01 * add.detach(), **options))
+    monkeypatch.setattr(contenders, "elsa_attention", lambda v, x, mul, add, **options: ours(v, x, mul, 1.01 * add - 0.01 * add.detach(), **options))
     assert [row["note"] for row in of(run(tmp_path), "ours")] == ["", "wrong"]
 
 
@@ -77,8 +77,8 @@ def test_failure_costs_one_row(tmp_path, monkeypatch):
     def fill(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(bench, "window", fail)
-    monkeypatch.setattr(bench, "unfold", fill)
+    monkeypatch.setattr(contenders, "window", fail)
+    monkeypatch.setattr(contenders, "unfold", fill)
     rows = run(tmp_path)
     assert all(row["note"] == "failed: no kernel for this device" and row["ms"] is None for row in of(rows, "window"))
     assert all(row["note"] == "out of memory" for row in of(rows, "unfold"))
@@ -90,7 +90,7 @@ def test_without_naive_nothing_is_called_right(tmp_path, monkeypatch):
     def fill(*_, **__):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(bench, "elsa_attention_reference", fill)
+    monkeypatch.setattr(contenders, "elsa_attention_reference", fill)
     rows = run(tmp_path)
     assert all("naive did not run" in row["note"] for name in ("ours", "unfold") for row in of(rows, name))
     assert all(row["note"] == "out of memory" for row in of(rows, "naive"))
@@ -112,9 +112,9 @@ def test_slow_rows_are_repeated_less(tmp_path, monkeypatch):
 
 
 def test_models(tmp_path, monkeypatch):
-    create = bench.create_model
+    create = contenders.create_model
     small = dict(embed_dim=4, depths=(1, 1), num_heads=(1, 2), patch_size=16)
-    monkeypatch.setattr(bench, "create_model", lambda name, attn: create(name, attn=attn, **small))
+    monkeypatch.setattr(contenders, "create_model", lambda name, attn: create(name, attn=attn, **small))
     rows = run(tmp_path, level="model", shapes="swin_t")
     assert list(rows) == [("model", "swin_t", kind, row) for kind in ("forward", "forward+backward") for row in ("elsa", "window", "elsa naive")]
     assert all(row["images_per_s"] == pytest.approx(5e3 / row["ms"]) and row["input"] == [5, 3, 224, 224] for row in rows.values())
