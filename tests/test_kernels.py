@@ -127,7 +127,7 @@ def test_cpu_in_pieces_of_the_batch(filters, monkeypatch):
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
-@hypothesis_settings(25)
+@hypothesis_settings(20)
 @given(problems())
 def test_triton_equals_reference(problem):
     with backend("triton") as device:
