@@ -188,7 +188,8 @@ def test_heads_permute(name):
         order = torch.tensor([2, 0, 1], device=device)
         swap = lambda x, dim: x.unflatten(dim, (3, -1)).index_select(dim, order).flatten(dim, dim + 1)
         swapped = [swap(x, dim) for x, dim in zip(case.tensors.values(), (3, 1, 0, 0))]
-        torch.testing.assert_close(elsa_attention(*swapped, **case.options), swap(out, 3), rtol=0, atol=1e-12)
+        # The CPU's vectorised softmax rounds the end of an image otherwise than its middle.
+        torch.testing.assert_close(elsa_attention(*swapped, **case.options), swap(out, 3), rtol=0, atol=1e-14 if name == "cpu" else 0)
 
 
 @pytest.mark.parametrize("name,filters", list(itertools.product(BACKENDS, ("static", "per-sample"))))
