@@ -7,7 +7,6 @@ inputs are computed in float32.
 import torch
 import torch.nn.functional as F
 
-
 PIECE = 640_000  # elements of v at a time: what a tap reads and writes then stays in the cache
 
 
@@ -23,8 +22,9 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
         out = _channels_last(_depthwise(v, add, kernel_size, dilation, stride)[:, :, :Ho, :Wo]).contiguous()
     if logits is None:
         return out.to(dtype), v.new_empty(0)
+    heads = logits.shape[1] // kernel_size ** 2
     for part in _pieces(v):
-        plan = _Plan(v[part], logits[part], kernel_size, dilation, stride)
+        plan = _Plan(v[part], heads, kernel_size, dilation, stride)
         a = plan.attention(logits[part], normalize).unsqueeze(3).unbind(2)  # of every tap (B, G, 1, Ho, So)
         source, sums = plan.padded(v[part]), v.new_zeros(plan.B, plan.G, C // plan.G, Ho, plan.So)
         scratch = None if mul is None else torch.empty_like(sums)
@@ -32,7 +32,7 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
             v_t = read(source) if mul is None else torch.mul(read(source), plan.tap(mul, t, part), out=scratch[..., rows, :])
             sums[..., rows, :].addcmul_(v_t, a[t][..., rows, :])
         out[part].add_(plan.pixels(sums))
-    return out.to(dtype), v.new_zeros(B, plan.G, Ho, Wo) if normalize else v.new_empty(0)
+    return out.to(dtype), v.new_zeros(B, heads, Ho, Wo) if normalize else v.new_empty(0)
 
 
 def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, normalize, needs):
@@ -43,11 +43,12 @@ def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, 
     if add is not None and (needs[0] or needs[3]):
         dv, dadd = _depthwise_backward(go, v, add, kernel_size, dilation, stride, needs)
     if logits is not None:
+        heads = logits.shape[1] // kernel_size ** 2
         dv = torch.zeros(v.shape, dtype=v.dtype) if needs[0] and dv is None else dv
         dlogits = torch.empty(logits.shape, dtype=v.dtype) if needs[1] else None
         dmul = torch.zeros_like(mul) if needs[2] else None
         for part in _pieces(v):
-            plan = _Plan(v[part], logits[part], kernel_size, dilation, stride)
+            plan = _Plan(v[part], heads, kernel_size, dilation, stride)
             a, source, go_part = plan.attention(logits[part], normalize), plan.padded(v[part]), plan.outputs(go[part])
             sink = torch.zeros_like(source) if needs[0] else None
             da = torch.zeros_like(a) if needs[1] else None
@@ -85,11 +86,10 @@ class _Plan:
     of a row is right of the row before. Outputs: Ho rows of So pixels, of which Wo count; with a stride of one So = S, so that rows of
     inputs and outputs are equally far apart, and all of them one loop."""
 
-    def __init__(self, v, logits, kernel_size, dilation, stride):
+    def __init__(self, v, heads, kernel_size, dilation, stride):
         self.B, self.H, self.W, self.C = v.shape
-        self.k, self.dilation, self.stride = kernel_size, dilation, stride
-        self.G = logits.shape[1] // kernel_size ** 2
-        self.Ho, self.Wo = logits.shape[2:]
+        self.G, self.k, self.dilation, self.stride = heads, kernel_size, dilation, stride
+        self.Ho, self.Wo = self.H // stride, self.W // stride
         self.edge = kernel_size // 2 * dilation
         self.S = self.W + self.edge
         self.So = self.S if stride == 1 else self.Wo
@@ -174,7 +174,7 @@ def _depthwise_backward(go, v, add, kernel_size, dilation, stride, needs):
     if needs[3] and go.shape[1] * go.shape[2] < kernel_size ** 2:
         # The library's weight gradient takes milliseconds even on 2 x 2 pixels, where few taps lie in the image.
         dadd = torch.zeros_like(add)
-        plan = _Plan(v, go.permute(0, 3, 1, 2)[:, :1].expand(-1, kernel_size ** 2, -1, -1), kernel_size, dilation, stride)
+        plan = _Plan(v, 1, kernel_size, dilation, stride)
         source, go_rows = plan.padded(v), plan.outputs(go)
         for t, rows, read in plan.taps():
             per_sample = (go_rows[..., rows, :] * read(source)).sum((3, 4)).flatten(1)  # (B, C)
