@@ -19,7 +19,7 @@ from eval.contenders import COMPILED, DTYPES, IMAGES, LEVELS, MODELS, SAME, case
 from train.config import Parser
 from train.run_folder import replace_atomically
 
-SLOW = 3.0  # seconds after which a row is repeated no more
+SLOW = 10.0  # seconds after which a row is repeated no more
 
 
 def main(argv):
