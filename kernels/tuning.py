@@ -35,7 +35,10 @@ def launch(kernel, problem, configs, run, device):
         start = time.perf_counter()
         table[key] = _measure(kernel, configs, run)
         print(" ".join(f"{name}={value}" for name, value in table[key].items()), f"{time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-        _save(cache_file(), {key: table[key]})
+        try:
+            _save(cache_file(), {key: table[key]})
+        except OSError as error:  # a read-only home costs a measurement per process, nothing else
+            print(f"not written: {cache_file()}: {error}", file=sys.stderr)
     return run(**table[key])
 
 
@@ -61,7 +64,6 @@ def ship(device):
     """Writes what this process knows of the device to tuned/, into what is there -> the file."""
     name = torch.cuda.get_device_name(device)
     path = SHIPPED / f"{name.replace(' ', '-')}.json"
-    path.parent.mkdir(exist_ok=True)
     _save(path, {key: config for key, config in tuned().items() if key.startswith(f"{name} | ")})
     return path
 
@@ -100,12 +102,9 @@ def _load(path):
 
 def _save(path, entries):
     """Add to what other processes have written meanwhile; the file is replaced whole, never half-written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = {**_load(path), **entries}
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write("{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(table[key])}" for key in sorted(table)) + "\n}\n")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
-    except OSError as error:  # a read-only home costs a measurement per process, nothing else
-        print(f"not written: {path}: {error}", file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = {**_load(path), **entries}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write("{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(table[key])}" for key in sorted(table)) + "\n}\n")
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
