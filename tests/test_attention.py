@@ -1,20 +1,24 @@
-"""models/attention.py: every counterpart against a loop over pixels, its costs against the published ones, and `run.py compare`."""
-import json
+"""models/attention.py: every counterpart against a loop over pixels and its costs against the published ones."""
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backends import BACKENDS, backend
 from kernels import elsa_attention_reference
 from models import create_model
-from models.attention import ATTENTIONS, DecoupledDynamicFilter, DepthwiseConvolution, NeighborhoodAttention, local_attention
+from models.attention import (
+    ATTENTIONS,
+    DecoupledDynamicFilter,
+    DepthwiseConvolution,
+    NeighborhoodAttention,
+    local_attention,
+)
 from models.info import info, stages
 from published import assert_close
 from run import main
-from test_kernels import BACKENDS, backend
 
 sizes = dict(H=st.integers(1, 5), W=st.integers(1, 5), heads=st.integers(1, 3), width=st.integers(1, 4), k=st.sampled_from([1, 3, 5]),
              seed=st.integers(0, 999))
@@ -199,11 +203,6 @@ def test_multiply_adds_count_every_tap(attn):
 
 # The commands
 
-MODEL_ARGS = '{embed_dim: 12, depths: [1, 1, 1, 1], num_heads: [1, 2, 2, 4], kernel_size: 3}'
-SETTINGS = ["--set", "epochs=2", "limit=16", "val_limit=8", "img_size=16", "patch_size=2", "window_size=2", "batch_size=8", "warmup_epochs=0.5",
-            "device=cpu", f"model_args={MODEL_ARGS}"]
-
-
 def test_info_prints_a_table(capsys):
     assert main(["info", "swin_t", "--attn", "elsa"]) == 0
     printed = capsys.readouterr().out
@@ -212,37 +211,3 @@ def test_info_prints_a_table(capsys):
     assert "network.0.1.attn" in capsys.readouterr().out
     assert main(["info", "swin_t", "--attn", "dwconf"]) == 2
     assert "Did you mean 'dwconv'?" in capsys.readouterr().err
-
-
-def test_compare_trains_resumes_and_survives_a_crash(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    out = tmp_path / "compared"
-    command = ["compare", "swin_t", "--attn", "dwconv,elsa", "--seeds", "1", "--out", str(out), *SETTINGS]
-    (out / "elsa-0").mkdir(parents=True)
-    (out / "elsa-0" / "last.pt").write_bytes(b"junk")  # a run that cannot go on
-    assert main(command) == 2
-    printed = capsys.readouterr()
-    assert "1 of 2 runs failed" in printed.err and "elsa, seed 0: no epoch finished" in printed.out
-    result = json.loads((out / "results.json").read_text())
-    assert [row["runs"] for row in result["rows"]] == [1, 0] and result["rows"][1]["mean"] is None
-    before = (out / "dwconv-0" / "last.pt").stat().st_mtime_ns
-
-    (out / "elsa-0" / "last.pt").unlink()
-    assert main(command) == 0
-    table = (out / "table.md").read_text()
-    result = json.loads((out / "results.json").read_text())
-    assert (out / "dwconv-0" / "last.pt").stat().st_mtime_ns == before and (out / "plot.png").exists()
-    assert "| dwconv |" in table and "| elsa |" in table and "python run.py compare swin_t" in table
-    for row in result["rows"]:
-        history = [line for line in map(json.loads, (out / f"{row['attn']}-0" / "log.jsonl").read_text().splitlines()) if "step" not in line]
-        assert row["mean"] == history[-1]["top1"] and len(history) == 2 and row["memory"] > 1e8 and row["images_per_s"] > 0
-
-
-@pytest.mark.parametrize("arguments, words", [(["--attn", "elsa,dwconf"], "Did you mean 'dwconv'?"), (["--attn", "elsa,elsa"], "every kind of attention once"),
-                                              (["--set", "epochs"], "expected KEY=VALUE"), (["--set", "epoch=3"], "expected KEY=VALUE"),
-                                              (["--set", "seed=3"], "expected KEY=VALUE"), (["--seeds", "0"], "1 seed or more")])
-def test_mistakes_are_answered_before_anything_is_trained(arguments, words, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["compare", "swin_t", *arguments]) == 2
-    assert words in capsys.readouterr().err and not Path("runs").exists()

@@ -6,10 +6,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
+from backends import BACKENDS, backend
 from kernels import hadamard
 from models.elsa import ELSA
 from published import assert_close
-from test_kernels import BACKENDS, backend
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 

@@ -1,6 +1,4 @@
 """The operator against its naive reference, on the CPU path and on the Triton kernels (interpreted where there is no GPU)."""
-import contextlib
-import importlib.util
 import itertools
 import json
 import os
@@ -14,26 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
+from backends import BACKENDS, backend
 from kernels import cpu, elsa_attention, elsa_attention_reference, tuning
 
 GOLDEN = Path(__file__).parent / "golden"
-BACKENDS = ("cpu", "triton") if importlib.util.find_spec("triton") else ("cpu",)
 FILTERS = (None, "static", "per-sample")
-
-
-@contextlib.contextmanager
-def backend(name):
-    """The device to test on. CPU tensors take the interpreted Triton kernels inside "triton"; every output starts as NaN."""
-    interpret = name == "triton" and not torch.cuda.is_available()
-    if interpret:
-        os.environ["TRITON_INTERPRET"] = "1"
-    torch.use_deterministic_algorithms(True)  # also fills what torch.empty returns with NaN
-    try:
-        yield torch.device("cuda" if name == "triton" and torch.cuda.is_available() else "cpu")
-    finally:
-        torch.use_deterministic_algorithms(False)
-        if interpret:
-            del os.environ["TRITON_INTERPRET"]
 
 
 class Case:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import create_model, list_models, load_weights
-from models.elsa import ELSA
 from models.attention import WindowAttention
+from models.elsa import ELSA
 from models.swin import PatchEmbed, PatchMerging, StochasticDepth
 from published import GOLDEN, assert_close, published_state
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from train import data, tokens
 from train.config import Config, resolve
-from train.losses import token_cross_entropy
 from train.loop import train
+from train.losses import token_cross_entropy
 
 VOLO = dict(model="volo_d1", img_size=32, patch_size=4, drop_path_rate=0.1, batch_size=8, epochs=2, warmup_epochs=0.5, limit=24, val_limit=9,
             mix_token=1.0, device="cpu", model_args=dict(embed_dim=12, depths=[1, 1, 1, 1], num_heads=[2, 4], stem_dim=4))

@@ -14,8 +14,8 @@ from PIL import Image
 from models import create_model
 from train import data, scenes
 from train.config import Config, cast, parse_train, read_recipe, resolve
-from train.losses import mixed_cross_entropy
 from train.loop import decay_groups, learning_rate, train
+from train.losses import mixed_cross_entropy
 from train.run_folder import save_atomically
 
 ROOT = Path(__file__).parents[1]

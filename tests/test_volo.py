@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import create_model, load_weights
-from models.elsa import ELSA
 from models.attention import OutlookAttention
+from models.elsa import ELSA
 from models.volo import interpolate_pos_embed
 from published import GOLDEN, assert_close, published_state
 

@@ -1,0 +1,23 @@
+"""The paths that a call of the operators can take, for tests to run on each."""
+import contextlib
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("cpu", "triton") if importlib.util.find_spec("triton") else ("cpu",)
+
+
+@contextlib.contextmanager
+def backend(name):
+    """The device to test on. CPU tensors take the interpreted Triton kernels inside "triton"; every output starts as NaN."""
+    interpret = name == "triton" and not torch.cuda.is_available()
+    if interpret:
+        os.environ["TRITON_INTERPRET"] = "1"
+    torch.use_deterministic_algorithms(True)  # also fills what torch.empty returns with NaN
+    try:
+        yield torch.device("cuda" if name == "triton" and torch.cuda.is_available() else "cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+        if interpret:
+            del os.environ["TRITON_INTERPRET"]
