@@ -1,18 +1,14 @@
 """What `python run.py bench` times: ELSA as operator, layer and model, and what else could stand there.
 
-Rows that compute the same, and are checked against `naive` before they are timed, results and gradients alike:
-    ours, elsa       this project's kernels
-    naive            kernels/reference.py, one tap at a time; speed-ups are over this row
-    unfold           what the published code computes on a CPU: filters for every channel, tap and pixel, and K copies of v
-    torch.compile    naive, compiled
-Rows that compute something else, for scale:
-    depthwise        depth-wise convolution of the same kernel size
-    window, outlook  attention inside windows of 7 x 7; outlook attention, VOLO's own
-    flex             FlexAttention, masked to the neighbourhood of the same kernel size
+Rows that compute the same, and are checked against `naive` before they are timed, results and gradients alike: ours,
+elsa       this project's kernels naive            kernels/reference.py, one tap at a time; speed-ups are over this row
+unfold           what the published code computes on a CPU: filters for every channel, tap and pixel, and K copies of v
+torch.compile    naive, compiled Rows that compute something else, for scale: depthwise        depth-wise convolution of
+the same kernel size window, outlook  attention inside windows of 7 x 7; outlook attention, VOLO's own flex
+FlexAttention, masked to the neighbourhood of the same kernel size
 
-A layer is the operator with its projections and the generator of its logits. Forward is without gradients (a model evaluates),
-forward+backward has the gradients of all inputs and parameters (a model trains, without the optimizer).
-"""
+A layer is the operator with its projections and the generator of its logits. Forward is without gradients (a model
+evaluates), forward+backward has the gradients of all inputs and parameters (a model trains, without the optimizer). """
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -146,7 +142,8 @@ def layer(shape, batch_size, dtype, device, backward):
 
 
 def model(name, batch_size, dtype, device, backward):
-    """({row: function that makes it}, grad_out) of a whole model, under autocast for 16-bit dtypes; out is the mean of all its logits.
+    """({row: function that makes it}, grad_out) of a whole model, under autocast for 16-bit dtypes; out is the mean of
+    all its logits.
 
     The naive model is not compiled: that is K taps in every layer, one by one. The layer level has it.
     """
