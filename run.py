@@ -68,12 +68,12 @@ def main(argv):
         run(argv)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output wants no more of it, as `| head` does
-        # What is still buffered must not fail at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        close_output()
         return 0
     except (ValueError, OSError, FloatingPointError, OverflowError) as error:
         if os.environ.get("ELSA_TRACEBACK"):
             raise
+        close_output()
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -94,13 +94,21 @@ def run(argv):
     COMMANDS[argv[0]](argv[1:])
 
 
+def close_output():
+    """Writes what is buffered, or drops it where it cannot be written: it must not fail once more at the exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def message_of(error):
     """One line for the user, without where in the code it happened."""
     text = str(error)
     if text.startswith("Caught "):  # from a worker of the data loader: its traceback, then the error
         text = re.split(r"^\w+Error: ", text, flags=re.MULTILINE)[-1]
     if isinstance(error, OSError) and error.strerror:  # "[Errno 28] No space left on device: 'runs/x/last.pt.tmp'"
-        text = f"{error.filename or 'writing a file'}: {error.strerror}"
+        text = f"{error.filename or 'the output cannot be written'}: {error.strerror}"
     return text.strip()
 
 

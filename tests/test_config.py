@@ -13,8 +13,8 @@ def test_recipes_are_the_published_ones(name, lr_free):
     config, _ = resolve(dict(model=name, data="photos"))
     assert config.drop_path_rate == lr_free and (config.ema > 0) == (name == "swin_b")
     published = dict(epochs=300, batch_size=1024, lr=1e-3, weight_decay=0.05, warmup_epochs=20, warmup_lr=1e-6,
-                     min_lr=1e-5, mixup=0.8, cutmix=1.0, erasing=0.25, label_smoothing=0.1, clip_grad=5.0, randaugment=9.0,
-                     randaugment_std=0.5)
+                     min_lr=1e-5, mixup=0.8, cutmix=1.0, erasing=0.25, label_smoothing=0.1, clip_grad=5.0,
+                     randaugment=9.0, randaugment_std=0.5)
     assert {name: getattr(config, name) for name in published} == published
 
 
@@ -39,7 +39,8 @@ def test_unknown_names_suggest_the_nearest(tmp_path):
 
 
 @pytest.mark.parametrize("option, value", [("epochs", "many"), ("epochs", "2.5"), ("lr", "fast"),
-                                           ("compile", "perhaps"), ("betas", "0.9"), ("model_args", "[1]"), ("img_size", [1])])
+                                           ("compile", "perhaps"), ("betas", "0.9"), ("model_args", "[1]"),
+                                           ("img_size", [1])])
 def test_values_of_the_wrong_type_are_named(option, value):
     with pytest.raises(ValueError, match=f"{option} = .*expected"):
         cast(option, value)

@@ -28,10 +28,10 @@ def test_crash_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True) == {"epoch": 1} and os.listdir(tmp_path) == ["last.pt"]
 
 
-@pytest.mark.parametrize("attn", ["elsa", "window"])
-def test_resumed_run_ends_bit_identical(tmp_path, monkeypatch, attn):
-    options = dict(attn=attn, epochs=3, limit=16, drop_path_rate=0.2, mixup=0.8, cutmix=1.0, label_smoothing=0.1,
-                   clip_grad=1.0, ema=0.9, accumulate=2)
+@pytest.mark.parametrize("attn, amp", [("elsa", "none"), ("window", "fp16")])
+def test_resumed_run_ends_bit_identical(tmp_path, monkeypatch, attn, amp):
+    options = dict(attn=attn, amp=amp, epochs=3, limit=16, drop_path_rate=0.2, mixup=0.8, cutmix=1.0,
+                   label_smoothing=0.1, clip_grad=1.0, ema=0.9, accumulate=2)
     train(tiny(out=str(tmp_path / "whole"), **options))
 
     finished, evaluate = [], imagenet.evaluate
@@ -50,6 +50,7 @@ def test_resumed_run_ends_bit_identical(tmp_path, monkeypatch, attn):
     whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
     for name in ("model", "ema", "optimizer", "scaler", "epoch"):
         assert_same(whole[name], cut[name])
+    assert amp != "fp16" or whole["scaler"]["_growth_tracker"] == 6  # steps that did not overflow
     strip = lambda row: {name: value for name, value in row.items() if name not in ("images_per_s", "memory")}  # noqa: E731
     assert [strip(row) for row in rows(tmp_path / "whole")] == [strip(row) for row in rows(tmp_path / "cut")]
     assert {"last.pt", "best.pt", "log.jsonl", "curves.png", "config.yaml"} == set(os.listdir(tmp_path / "cut"))
@@ -83,6 +84,15 @@ def test_non_finite_loss_stops_and_keeps_the_last_epoch(tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError, match=r"step 4 \(epoch 2.*is nan.*last losses: \d.*nan"):
         train(tiny(out=str(tmp_path / "run")))
     assert checkpoint(tmp_path / "run")["epoch"] == 1
+
+
+def test_gradients_are_clipped_in_their_own_units(tmp_path, monkeypatch):
+    """fp16 multiplies the loss, and so the gradients, by 65,536 until the optimiser's step."""
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *arguments: norms.append(float(clip(*arguments))))
+    for amp in ("none", "fp16"):
+        train(tiny(out=str(tmp_path / amp), epochs=1, limit=8, clip_grad=1.0, warmup_epochs=0, amp=amp))
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -1,4 +1,5 @@
 """What a run leaves behind: config.yaml, log.jsonl, curves.png, last.pt to continue from and best.pt to use."""
+import contextlib
 import json
 import os
 import re
@@ -44,7 +45,7 @@ class RunFolder:
     def announce(self, config, notes, model, images, val_images, world, device, epoch):
         """Prints what is about to happen, writes config.yaml, and drops what the log has beyond `epoch` epochs."""
         text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=1000)
-        (self.path / "config.yaml").write_text(text)
+        replace_atomically(self.path / "config.yaml", lambda file: file.write(text.encode()))
         self._truncate_log(epoch)
         source = f"{config.data}" if config.data else "rendered scenes, because no --data was given"
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -60,13 +61,13 @@ class RunFolder:
         log = self.path / "log.jsonl"
         rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         kept = [row for row in rows if row["epoch"] < epoch or "step" not in row and row["epoch"] == epoch]
-        log.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        replace_atomically(log, lambda file: file.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
 
     def log(self, **row):
         """One line of log.jsonl: a step (step, epoch from 0, loss, lr), or an epoch (epoch from 1, train_loss, val_loss
         if the task has one, the metrics, images_per_s, memory in bytes)."""
         if self.writes:
-            with open(self.path / "log.jsonl", "a") as file:
+            with naming(self.path / "log.jsonl"), open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def save(self, checkpoint, best):
@@ -100,26 +101,44 @@ class RunFolder:
             axes.grid(alpha=0.3)
             axes.legend()
         figure.suptitle(self.path.name)
-        figure.savefig(self.path / "curves.png", dpi=100)
+        replace_atomically(self.path / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def save_atomically(state, path):
     """torch.save that leaves either the old file or the whole new one, whenever the machine stops."""
-    replace_atomically(path, lambda file: torch.save(state, file))
+    def write(file):
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # it hides what the disk said behind an error of its own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+    replace_atomically(path, write)
 
 
 def replace_atomically(path, write):
-    """write(file) into a binary file that takes the place of `path` when it is whole and on the disk."""
+    """write(file) into a binary file that takes the place of `path` when it is whole and on the disk.
+
+    Raises OSError, naming `path`.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # beside it: a rename between disks is not atomic
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """An OSError in this block names the file, which the one of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _name(config):
