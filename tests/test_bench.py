@@ -1,4 +1,8 @@
-"""The benchmark's own honesty: what it checks, counts and leaves out. On a CPU, at a tiny size, without what torch.compile makes."""
+"""The benchmark's own honesty: what it checks, counts and leaves out.
+
+On a CPU, at a tiny size, without what torch.compile makes.
+"""
+import errno
 import json
 
 import pytest
@@ -6,22 +10,26 @@ import torch
 
 import kernels
 import models.elsa
-from eval import bench, contenders
+from eval import bench, bench_report, providers
 from run import main
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setattr(contenders, "SHAPES", {"tiny stage 1": contenders.Shape(9, 8, 2, 3, 1, 8), "swin_t stage 1": contenders.Shape(7, 7, 1, 3, 0, 4)})
+    monkeypatch.setattr(providers, "SHAPES", {
+        "tiny stage 1": providers.Shape(9, 8, 2, 3, 1, 8),
+        "swin_t stage 1": providers.Shape(7, 7, 1, 3, 0, 4),
+    })
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 10.0)
-    monkeypatch.setattr(bench, "matrix_rate", lambda device, dtype: 1.0)
+    monkeypatch.setattr(bench, "matmul_rate", lambda device, dtype: 1.0)
 
 
 def run(folder, *arguments, level="operator", shapes="tiny"):
     """{(level, shape, pass, row): result} of a run with more images than rows are checked on."""
-    bench.main(["--device", "cpu", "--level", *level.split(), "--shapes", *shapes.split(), "--batch-size", "5", "--repeats", "2",
-                "--out", str(folder / "bench.json"), *arguments])
-    return {tuple(row[key] for key in ("level", "shape", "pass", "row")): row for row in json.loads((folder / "bench.json").read_text())["rows"]}
+    bench.main(["--device", "cpu", "--level", *level.split(), "--shapes", *shapes.split(), "--batch-size", "5",
+                "--repeats", "2", "--out", str(folder / "bench.json"), *arguments])
+    rows = json.loads((folder / "bench.json").read_text())["rows"]
+    return {tuple(row[key] for key in ("level", "shape", "pass", "row")): row for row in rows}
 
 
 def of(rows, name):
@@ -34,22 +42,23 @@ def test_table_plot_and_numbers_agree(tmp_path, capsys, dtype):
     assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "bench.png"}
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     table, printed = (tmp_path / "bench.md").read_text(), capsys.readouterr().out
-    lines = [bench.line(bench.cells(row)) for row in rows.values()]
+    lines = [bench_report.line(bench_report.cells(row)) for row in rows.values()]
     assert len(lines) == 2 * 2 * (5 + 4) and all(line in table and line in printed for line in lines)
     assert "copies 10 GB/s" in table and dtype in table and torch.__version__ in table
     for (*case, _), row in rows.items():
         assert not row["note"] and 0 < row["min"] <= row["ms"] <= row["max"] and row["times"] == 2
         assert row["speedup"] == rows[*case, "naive"]["ms"] / row["ms"]
         if row["level"] == "operator":
-            assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] / 1e6) and row["share_of_copy"] == pytest.approx(row["gb_per_s"] / 10)
+            assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] / 1e6)
+            assert row["share_of_copy"] == pytest.approx(row["gb_per_s"] / 10)
         else:
             assert row["bytes"] is row["gb_per_s"] is None
     assert {shape for _, shape, *_ in rows} == {"tiny stage 1", "swin_t/s stage 1", "swin_t stage 1"}
 
 
 def test_wrong_result_gets_no_time(tmp_path, monkeypatch):
-    ours = kernels.elsa_attention
-    monkeypatch.setattr(contenders, "elsa_attention", lambda v, *rest, **options: ours(v, *rest, **options) + 1e-2 * torch.randn_like(v))
+    noisy = lambda v, *rest, **options: kernels.elsa_attention(v, *rest, **options) + 1e-2 * torch.randn_like(v)
+    monkeypatch.setattr(providers, "elsa_attention", noisy)
     rows = run(tmp_path)
     for row in of(rows, "ours"):
         assert row["note"] == "wrong" and row["ms"] is row["speedup"] is row["gb_per_s"] is None
@@ -57,8 +66,10 @@ def test_wrong_result_gets_no_time(tmp_path, monkeypatch):
 
 
 def test_wrong_gradient_of_a_filter_gets_no_time(tmp_path, monkeypatch):
-    ours = kernels.elsa_attention
-    monkeypatch.setattr(contenders, "elsa_attention", lambda v, x, mul, add, **options: ours(v, x, mul, 1.01 * add - 0.01 * add.detach(), **options))
+    def wrong(v, logits, mul, add, **options):  # the value is right
+        return kernels.elsa_attention(v, logits, mul, 1.01 * add - 0.01 * add.detach(), **options)
+
+    monkeypatch.setattr(providers, "elsa_attention", wrong)
     assert [row["note"] for row in of(run(tmp_path), "ours")] == ["", "wrong"]
 
 
@@ -77,8 +88,8 @@ def test_failure_costs_one_row(tmp_path, monkeypatch):
     def fill(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(contenders, "window", fail)
-    monkeypatch.setattr(contenders, "unfold", fill)
+    monkeypatch.setattr(providers, "window", fail)
+    monkeypatch.setattr(providers, "unfold", fill)
     rows = run(tmp_path)
     assert all(row["note"] == "failed: no kernel for this device" and row["ms"] is None for row in of(rows, "window"))
     assert all(row["note"] == "out of memory" for row in of(rows, "unfold"))
@@ -90,7 +101,7 @@ def test_without_naive_nothing_is_called_right(tmp_path, monkeypatch):
     def fill(*_, **__):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(contenders, "elsa_attention_reference", fill)
+    monkeypatch.setattr(providers, "elsa_attention_reference", fill)
     rows = run(tmp_path)
     assert all("naive did not run" in row["note"] for name in ("ours", "unfold") for row in of(rows, name))
     assert all(row["note"] == "out of memory" for row in of(rows, "naive"))
@@ -107,17 +118,19 @@ def test_compulsory_bytes(tmp_path):
 
 
 def test_slow_rows_are_repeated_less(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "SLOW", 1e-9)
+    monkeypatch.setattr(bench, "MAX_RUN_TIME", 1e-9)
     assert all(row["times"] == 1 for row in run(tmp_path).values())
 
 
 def test_models(tmp_path, monkeypatch):
-    create = contenders.create_model
+    create = providers.create_model
     small = dict(embed_dim=4, depths=(1, 1), num_heads=(1, 2), patch_size=16)
-    monkeypatch.setattr(contenders, "create_model", lambda name, attn: create(name, attn=attn, **small))
+    monkeypatch.setattr(providers, "create_model", lambda name, attn: create(name, attn=attn, **small))
     rows = run(tmp_path, level="model", shapes="swin_t")
-    assert list(rows) == [("model", "swin_t", kind, row) for kind in ("forward", "forward+backward") for row in ("elsa", "window", "elsa naive")]
-    assert all(row["images_per_s"] == pytest.approx(5e3 / row["ms"]) and row["input"] == [5, 3, 224, 224] for row in rows.values())
+    assert list(rows) == [("model", "swin_t", kind, name) for kind in ("forward", "forward+backward")
+                          for name in ("elsa", "window", "elsa naive")]
+    for row in rows.values():
+        assert row["images_per_s"] == pytest.approx(5e3 / row["ms"]) and row["input"] == [5, 3, 224, 224]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -138,3 +151,58 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
     assert main(["bench", *arguments]) == 2
     assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+# Where the results go
+
+@pytest.mark.parametrize("out, message", [
+    ("file/bench.json", "got file/bench.json, where no file can be written (Not a directory)"),
+    ("file/deeper/bench.json", "got file/deeper/bench.json, where no file can be written (Not a directory)"),
+    ("/proc/nonexistent/bench.json", "got /proc/nonexistent/bench.json, where no file can be written ("),
+    ("x" * 300 + ".json", ".json, where no file can be written (File name too long)"),
+    ("folder.json", "got folder.json, but folder.json is a folder"),
+    ("table.json", "got table.json, but table.md is a folder"),
+    ("plot.json", "got plot.json, but plot.png is a folder"),
+])
+def test_a_place_that_cannot_be_written_is_said_at_once(tmp_path, monkeypatch, capsys, out, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for name in ("folder.json", "table.md", "plot.png"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: pytest.fail("it computes"))
+    assert main(["bench", "--device", "cpu", "--out", out]) == 2
+    printed, error = capsys.readouterr()
+    assert error.startswith("error: --out: ") and message in error and error.count("\n") == 1 and not printed
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.json", "table.md", "plot.png"}
+
+
+def test_a_folder_without_permission_is_said_at_once(tmp_path, monkeypatch):
+    def refuse(**options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(bench_report.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: pytest.fail("it computes"))
+    with pytest.raises(ValueError, match=r"--out: got .*json, where no file can be written \(Permission denied\)"):
+        run(tmp_path)
+
+
+def test_folders_are_made_and_files_replaced(tmp_path):
+    folder = tmp_path / "new" / "deeper"
+    for _ in range(2):
+        run(folder)
+        assert {path.name for path in folder.iterdir()} == {"bench.json", "bench.md", "bench.png"}
+
+
+@pytest.mark.parametrize("name", ["bench.json", "bench.md", "bench.png"])
+def test_a_disk_that_fills_up_is_an_error_of_that_file(tmp_path, monkeypatch, name):
+    replace_atomically = bench_report.replace_atomically
+
+    def full(path, write):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace_atomically(path, write)
+
+    monkeypatch.setattr(bench_report, "replace_atomically", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        run(tmp_path)
+    assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / name)
