@@ -7,6 +7,8 @@ import json
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 import kernels
 import models.elsa
@@ -206,3 +208,133 @@ def test_a_disk_that_fills_up_is_an_error_of_that_file(tmp_path, monkeypatch, na
     with pytest.raises(OSError, match="No space left on device") as error:
         run(tmp_path)
     assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / name)
+
+
+# What is measured
+
+def script(monkeypatch, *times):
+    """Makes bench.time_ms answer these milliseconds, one after the other."""
+    answers = iter(times)
+    monkeypatch.setattr(bench, "time_ms", lambda call, *_: (call(), next(answers))[1])
+
+
+def doubled(v):
+    return providers.Provider(lambda x: 2 * x, (v,))
+
+
+def test_median_least_and_most_of_rows_that_take_turns(monkeypatch):
+    v, called = torch.ones(2, 3), []
+    named = lambda name: providers.Provider(lambda x: called.append(name) or 2 * x, (v,))
+    script(monkeypatch, 30.0, 3.0, 10.0, 1.0, 50.0, 100.0)
+    builders = {"naive": lambda: named("naive"), "other": lambda: named("other")}
+    naive, other = bench.measure(builders, v, backward=False, device=torch.device("cpu"), repeats=3)
+    assert called == ["naive", "other"] * 4  # once to warm up
+    assert (naive["ms"], naive["min"], naive["max"], naive["times"], naive["speedup"]) == (30, 10, 50, 3, 1)
+    assert (other["ms"], other["min"], other["max"], other["times"], other["speedup"]) == (3, 1, 100, 3, 10)
+    assert naive["bytes"] == 2 * 6 * 4 and naive["peak_bytes"] is None
+
+
+def test_a_row_is_repeated_no_more_after_ten_seconds(monkeypatch):
+    script(monkeypatch, 4000.0, 4000.0, 2000.0, 1.0)
+    v = torch.ones(2, 3)
+    (naive,) = bench.measure({"naive": lambda: doubled(v)}, v, backward=False, device=torch.device("cpu"), repeats=20)
+    assert naive["times"] == 3 and naive["note"] == ""
+
+
+def test_a_row_that_fails_while_it_is_timed_has_no_time(monkeypatch):
+    v, times = torch.ones(2, 3), iter([1.0, 2.0])
+    monkeypatch.setattr(bench, "time_ms", lambda *_: next(times, None) or fail())
+
+    def fail():
+        raise torch.OutOfMemoryError("the device is full")
+
+    (naive,) = bench.measure({"naive": lambda: doubled(v)}, v, backward=False, device=torch.device("cpu"), repeats=3)
+    assert naive["note"] == "out of memory" and naive["ms"] is naive["speedup"] is naive["bytes"] is None
+    assert naive["times"] == 0
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2 ** -4)])
+def test_results_are_equal_within_eight_roundings_of_the_largest(dtype, tolerance):
+    reference = torch.tensor([100.0, 0.0])
+    for error, close in ((0.9, True), (1.2, False)):
+        result = reference.to(dtype).float() + torch.tensor([0, error * tolerance * 100])
+        assert bench.allclose([reference, result], [reference.to(dtype)] * 2) == close
+    assert not bench.allclose([torch.tensor([float("nan")])], [torch.ones(1)])
+
+
+def test_figures_of_the_machine(monkeypatch):
+    monkeypatch.undo()
+    cpu = torch.device("cpu")
+    script(monkeypatch, 100.0, 100.0, 1.0, 2.0, 3.0, 4.0, 50.0)
+    assert bench.copy_bandwidth(cpu) == pytest.approx(2 * 2 ** 28 / 3e-3 / 1e9)
+    script(monkeypatch, 100.0, 100.0, 1.0, 2.0, 3.0, 4.0, 50.0)
+    assert bench.matmul_rate(cpu, torch.float32) == pytest.approx(2 * 1024 ** 3 / 3e-3 / 1e12)
+    assert bench.environment(cpu)["threads"] == torch.get_num_threads()
+
+
+def test_time_of_a_call(monkeypatch):
+    clock = iter([5.0, 5.25])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    assert bench.time_ms(lambda: None, torch.device("cpu")) == 250
+
+
+def test_order_of_events_on_a_gpu(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def elapsed_time(self, end):
+            return 7.0
+
+    class Cache:
+        def zero_(self):
+            log.append("cache")
+
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronize"))
+    assert bench.time_ms(lambda: log.append("call"), gpu, Cache()) == 7
+    assert log == ["cache", "record", "call", "record", "synchronize"]
+    log.clear()
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: log.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: log.append("peak") or 100)
+    assert bench.peak_memory(lambda: log.append("call"), gpu) == 70 and log == ["reset", "call", "peak"]
+
+
+# What is printed and drawn
+
+ROW = {
+    "level": "operator", "shape": "swin_t stage 1", "input": [128, 56, 56, 96], "kernel_size": 7, "pass": "forward",
+    "row": "ours", "ms": 1.2345, "min": 1.1, "max": 250.4, "times": 20, "speedup": 12.34, "peak_bytes": 3 << 20,
+    "bytes": 10 ** 9, "gb_per_s": 810.4, "images_per_s": None, "share_of_copy": 0.4567, "note": "",
+}
+
+
+def test_a_row_of_the_table():
+    cells = ("swin_t stage 1", "128x56x56x96", "7", "forward", "ours", "1.23", "1.1-250", "810", "45.7 %", "3", "12.3",
+             "", "")
+    assert bench_report.cells(ROW) == cells
+    shown = [cell.strip() for cell in bench_report.line(cells).split("|")[1:-1]]
+    assert shown == list(cells) and len(bench_report.line(cells)) == len(bench_report.RULE)
+    nothing = dict.fromkeys(("ms", "min", "max", "speedup", "peak_bytes", "bytes", "gb_per_s", "share_of_copy"))
+    assert bench_report.cells({**ROW, **nothing, "note": "wrong"})[5:] == ("",) * 7 + ("wrong",)
+
+
+def test_bars_of_the_plot():
+    axes = Figure().subplots()
+    rows = [ROW, {**ROW, "row": "naive", "ms": 15.0, "speedup": None}, {**ROW, "row": "window", "ms": 2.0},
+            {**ROW, "row": "unfold", "ms": None, "max": None, "speedup": None, "note": "wrong"}]
+    bench_report.bars(axes, rows, (0.5, 300))
+    centres = [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in axes.patches]
+    assert centres == [(0, 1.2345), (1, 15), (2, 2)]
+    assert [to_hex(bar.get_facecolor()) for bar in axes.patches] == [to_hex(color) for color in ("C1", "C0", "0.7")]
+    assert [text.get_text().strip() for text in axes.texts] == ["1.23 ms, 12.3x", "15 ms", "2 ms, 12.3x", "wrong"]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1.1, 250.4]] * 3 and axes.get_xscale() == "log"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["ours", "naive", "window", "unfold"]
+    assert axes.get_xlim() == (0.5, 300) and axes.get_ylim() == (3.6, -0.6)
