@@ -68,7 +68,10 @@ def detections():
 def test_objects_with_boxes_and_masks():
     pixels = np.full((200, 300, 3), 100, np.uint8)
     found = detections()
-    drawn, answer = predict.detect(lambda *_: [found], Image.fromarray(pixels), CLASSES, CONFIG, CPU)
+    seen = []
+    model = lambda images, sizes, originals: seen.append((images.shape, sizes, originals)) or [found]
+    drawn, answer = predict.detect(model, Image.fromarray(pixels), CLASSES, CONFIG, CPU)
+    assert seen == [((1, 3, 32, 64), [(32, 48)], [(200, 300)])]  # img_size is the shorter side, padded to 32s
     objects = answer["objects"]
     assert [(entry["class"], entry["score"]) for entry in objects] == [("bee", 0.9), ("dog", 0.6), ("elk", 0.3)]
     assert [entry["box"] for entry in objects] == [[30, 40, 90, 80], [60, 60, 150, 120], [200, 150, 260, 180.12]]

@@ -31,6 +31,9 @@ def test_every_machine_draws_the_same(index, labels, boxes, upper, lower, areas)
     assert scene.masks.sum((1, 2)) == pytest.approx(np.array(areas), abs=2)  # a sine may be rounded otherwise elsewhere
     assert scene.image[10, 30] == pytest.approx(np.array(upper), abs=1)
     assert scene.image[36, 12] == pytest.approx(np.array(lower), abs=1)
+    for label, mask in zip(labels, scene.masks):
+        assert (scene.label_map[mask] == label + 1).all()
+    assert (scene.label_map[~scene.masks.any(0)] == scenes.BACKGROUND).all()
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -88,3 +91,17 @@ def test_an_object_hides_at_most_a_tenth_of_another(monkeypatch, shapes, masks):
     scene = scenes.draw(0, max_objects=100)
     assert next(coverages, None) is None and np.array_equal(scene.masks, np.array(masks) > 0)
     assert len(scene.labels) == len(masks) and scene.boxes[-1].tolist() == [30, 30, 40, 40]
+
+
+def test_colours_end_at_black_and_white(monkeypatch):
+    glare = np.repeat(np.where(np.arange(48) < 24, 300, -50).astype(np.float32), 48 * 3).reshape(48, 48, 3)
+    monkeypatch.setattr(scenes, "_background", lambda rng, size: glare.copy())
+    monkeypatch.setattr(scenes, "_shape", lambda *_: rectangle((20, 30), (20, 30)))
+    image = scenes.draw(0).image
+    assert (image[:20] == 255).all() and (image[30:] == 0).all()
+
+
+def test_size_has_a_least():
+    assert scenes.draw(0, size=16).image.shape == (16, 16, 3)
+    with pytest.raises(ValueError, match="size = 15"):
+        scenes.draw(0, size=15)

@@ -1,6 +1,8 @@
 """train/tokens.py and the losses on tokens: boxes add up, label maps follow their images."""
+import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +34,14 @@ def test_box_is_a_rectangle_and_the_share_is_what_it_leaves(seed, h, w, alpha):
     assert swap.shape == (h, w) and own == pytest.approx(1 - swap.float().mean().item())
     assert torch.equal(swap, swap.any(1)[:, None] & swap.any(0))  # as many rows in each column
     assert 0 <= own <= 1
+
+
+def test_sides_of_the_box_are_shares_of_the_sides_of_the_map():
+    rng = SimpleNamespace(beta=lambda *_: 0.75, integers=lambda size: size // 2)  # half of each side, in the middle
+    swap, own = tokens.draw_swap(rng, 1.0, 8, 20)
+    assert swap[2:6, 5:15].all() and swap.sum() == 40 and own == 0.75
+    rng.integers = lambda size: size - 1  # in the corner
+    assert tokens.draw_swap(rng, 1.0, 8, 20)[0][5:, 14:].all()
 
 
 def test_boxes_cover_what_their_alpha_says():
@@ -75,6 +85,47 @@ def targets(place, h=4, w=4, **changes):
     given = dict(labels=torch.tensor([3]), num_classes=5, smoothing=0.0, ground_truth=False)
     places = torch.tensor(np.asarray(place), dtype=torch.float32)[None]
     return tokens.dense_targets(quadrants()[None], places, h=h, w=w, **{**given, **changes})
+
+
+def bilinear(grid, x, y):
+    """(C, rows, columns) read at x, y, 0 to 1 over the whole grid: centres of cells have their values."""
+    C, rows, columns = grid.shape
+    x, y = min(max(x * columns - 0.5, 0), columns - 1), min(max(y * rows - 0.5, 0), rows - 1)
+    i, j = min(int(y), rows - 2), min(int(x), columns - 2)
+    upper = (1 - x + j) * grid[:, i, j] + (x - j) * grid[:, i, j + 1]
+    lower = (1 - x + j) * grid[:, i + 1, j] + (x - j) * grid[:, i + 1, j + 1]
+    return (1 - y + i) * upper + (y - i) * lower
+
+
+@pytest.mark.parametrize("smoothing, ground_truth", [(0.0, False), (0.1, True)])
+def test_targets_are_those_of_a_loop_over_tokens(smoothing, ground_truth):
+    rng = np.random.default_rng(0)
+    B, C, h, w, n = 3, 6, 4, 5, 2
+    classes = rng.permuted(np.tile(np.arange(C), (B, 7, 9, 1)), axis=-1)[..., :n].transpose(0, 3, 1, 2)
+    best = rng.normal(2, 2, (B, n, 7, 9))
+    places = np.array([[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[0.6, 0.1, 0.1], [-0.1, 0.7, 0.2], [0, 0, 1]],
+                       [[-0.9, 0, 1.2], [0.2, 0.8, 0.3], [0, 0, 1]]])
+    labels = rng.integers(C, size=B)
+    maps, matrices = (torch.tensor(x, dtype=torch.float32) for x in (np.stack([best, classes], 1), places))
+    of_class, of_tokens = tokens.dense_targets(
+        maps, matrices, torch.tensor(labels), h, w, C, smoothing, ground_truth)
+    softmax = lambda x: np.exp(x) / np.exp(x).sum()
+    smooth = lambda t: t * (1 - smoothing + smoothing / C) + smoothing / C
+    for b in range(B):
+        grid = np.zeros((C, 7, 9))
+        np.put_along_axis(grid, classes[b], best[b], 0)
+        scores = np.zeros((h, w, C))
+        for i, j, dy, dx in itertools.product(range(h), range(w), (0.25, 0.75), (0.25, 0.75)):
+            x, y, _ = places[b] @ [(j + dx) / w, (i + dy) / h, 1]
+            if 0 <= x <= 1 and 0 <= y <= 1:
+                scores[i, j] += bilinear(grid, x, y) / 4
+        expected = smooth(softmax(scores.mean((0, 1))))
+        if ground_truth:
+            share = 0.5 if expected.argmax() == labels[b] else 0.9
+            truth = np.eye(C)[labels[b]] * (1 - smoothing) + smoothing / C
+            expected = share * expected + (1 - share) * truth
+        assert of_class[b].numpy() == pytest.approx(expected, abs=1e-5)
+        assert of_tokens[b].numpy() == pytest.approx(smooth(np.apply_along_axis(softmax, -1, scores)), abs=1e-5)
 
 
 def test_whole_image_keeps_its_map():
@@ -185,6 +236,7 @@ def test_what_is_wrong_with_label_maps_is_said(photos):
     for content, words in (
         (torch.zeros(3, 18, 18), "(2, classes, rows, columns)"),
         (torch.full((2, 5, 18, 18), 2.0), "2 classes"),
+        (torch.full((2, 5, 18, 18), -1.0), "classes -1 to -1"),
         (b"junk", "cannot be read"),
     ):
         broken.write_bytes(content) if isinstance(content, bytes) else torch.save(content, broken)
