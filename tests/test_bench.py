@@ -4,11 +4,10 @@ On a CPU, at a tiny size, without what torch.compile makes.
 """
 import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
 import kernels
 import models.elsa
@@ -253,6 +252,42 @@ def test_a_row_that_fails_while_it_is_timed_has_no_time(monkeypatch):
     assert naive["times"] == 0
 
 
+@pytest.mark.parametrize("candidate, note", [
+    (lambda x, weight: x * weight, ""),
+    (lambda x, weight: 1.1 * x * weight, "wrong"),
+    (lambda x, weight: x * (1.1 * weight - 0.1 * weight.detach()), "wrong"),
+    (lambda x, weight: (1.1 * x - 0.1 * x.detach()) * weight, "wrong"),
+])
+def test_gradients_are_checked_too(monkeypatch, candidate, note):
+    script(monkeypatch, *[1.0] * 2)
+    x, weight = torch.rand(6, 3, requires_grad=True), torch.ones(3, requires_grad=True)
+    provider = lambda function: providers.Provider(lambda x: function(x, weight), (x,), (weight,))
+    builders = {"naive": lambda: provider(lambda x, weight: x * weight), "ours": lambda: provider(candidate)}
+    grad_out = torch.ones(6, 3)
+    naive, ours = bench.measure(builders, grad_out, backward=True, device=torch.device("cpu"), repeats=1)
+    assert naive["note"] == "" and ours["note"] == note and ours["ms"] == (None if note else 1)
+    assert grad_out.all(), "what is timed has the gradients of all images"
+
+
+def test_a_failure_of_naive_leaves_nothing_checked(monkeypatch):
+    script(monkeypatch, *[1.0] * 2)
+    v = torch.ones(2, 3)
+    builders = {"naive": lambda: 1 / 0, "ours": lambda: doubled(v), "window": lambda: doubled(v)}
+    naive, ours, window = bench.measure(builders, v, backward=False, device=torch.device("cpu"), repeats=1)
+    assert (naive["note"], ours["note"]) == ("failed: division by zero", "failed: unchecked, as naive did not run")
+    assert window["ms"] == 1 and window["speedup"] is None
+
+
+def test_what_needs_the_compiler_is_left_out_unless_asked_for(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(bench, "measure", lambda builders, *_: seen.append({*builders}) or [])
+    monkeypatch.setattr(bench_report, "write_plot", lambda *_: None)
+    for arguments in ((), ("--compile",), ("--no-compile",)):
+        run(tmp_path, *arguments)
+    assert seen[0] == seen[4] == {"ours", "naive", "unfold", "depthwise", "window"}
+    assert seen[2] == seen[0] | {"torch.compile", "flex"}
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2 ** -4)])
 def test_results_are_equal_within_eight_roundings_of_the_largest(dtype, tolerance):
     reference = torch.tensor([100.0, 0.0])
@@ -307,34 +342,13 @@ def test_order_of_events_on_a_gpu(monkeypatch):
     assert bench.peak_memory(lambda: log.append("call"), gpu) == 70 and log == ["reset", "call", "peak"]
 
 
-# What is printed and drawn
-
-ROW = {
-    "level": "operator", "shape": "swin_t stage 1", "input": [128, 56, 56, 96], "kernel_size": 7, "pass": "forward",
-    "row": "ours", "ms": 1.2345, "min": 1.1, "max": 250.4, "times": 20, "speedup": 12.34, "peak_bytes": 3 << 20,
-    "bytes": 10 ** 9, "gb_per_s": 810.4, "images_per_s": None, "share_of_copy": 0.4567, "note": "",
-}
-
-
-def test_a_row_of_the_table():
-    cells = ("swin_t stage 1", "128x56x56x96", "7", "forward", "ours", "1.23", "1.1-250", "810", "45.7 %", "3", "12.3",
-             "", "")
-    assert bench_report.cells(ROW) == cells
-    shown = [cell.strip() for cell in bench_report.line(cells).split("|")[1:-1]]
-    assert shown == list(cells) and len(bench_report.line(cells)) == len(bench_report.RULE)
-    nothing = dict.fromkeys(("ms", "min", "max", "speedup", "peak_bytes", "bytes", "gb_per_s", "share_of_copy"))
-    assert bench_report.cells({**ROW, **nothing, "note": "wrong"})[5:] == ("",) * 7 + ("wrong",)
-
-
-def test_bars_of_the_plot():
-    axes = Figure().subplots()
-    rows = [ROW, {**ROW, "row": "naive", "ms": 15.0, "speedup": None}, {**ROW, "row": "window", "ms": 2.0},
-            {**ROW, "row": "unfold", "ms": None, "max": None, "speedup": None, "note": "wrong"}]
-    bench_report.bars(axes, rows, (0.5, 300))
-    centres = [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in axes.patches]
-    assert centres == [(0, 1.2345), (1, 15), (2, 2)]
-    assert [to_hex(bar.get_facecolor()) for bar in axes.patches] == [to_hex(color) for color in ("C1", "C0", "0.7")]
-    assert [text.get_text().strip() for text in axes.texts] == ["1.23 ms, 12.3x", "15 ms", "2 ms, 12.3x", "wrong"]
-    assert [list(line.get_xdata()) for line in axes.lines] == [[1.1, 250.4]] * 3 and axes.get_xscale() == "log"
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["ours", "naive", "window", "unfold"]
-    assert axes.get_xlim() == (0.5, 300) and axes.get_ylim() == (3.6, -0.6)
+def test_figures_of_a_row(monkeypatch):
+    measured = {"ms": 2.0, "bytes": 10 ** 7}
+    monkeypatch.setattr(bench, "measure", lambda *_: [measured])
+    args = SimpleNamespace(batch_size=5, compile=False, repeats=1)
+    monkeypatch.setattr(bench, "LEVELS", dict.fromkeys(bench.LEVELS, lambda *_: ({}, torch.ones(5, 3))))
+    figures = lambda level: next(bench.run(level, "x", None, False, args, torch.float32, torch.device("cpu"), 10.0))
+    keys = ("bytes", "gb_per_s", "share_of_copy", "images_per_s")
+    assert [figures("operator")[key] for key in keys] == [10 ** 7, 5, 0.5, None]
+    assert [figures("layer")[key] for key in keys] == [None] * 4
+    assert [figures("model")[key] for key in keys] == [None, None, None, 2500]

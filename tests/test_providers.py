@@ -1,7 +1,9 @@
 """eval/providers.py: what the benchmark times beside this project's kernels computes what its name says."""
 import pytest
 import torch
+import torch.nn as nn
 
+import models.elsa
 from eval import providers
 
 
@@ -20,6 +22,54 @@ def test_forward_is_timed_without_gradients_and_backward_with_all():
     out, of_x, of_weight = provider(torch.tensor([[1.0, 2, 3], [4, 5, 6]]))
     assert seen == [False, True] and not out.requires_grad
     assert of_x.tolist() == [[2, 4, 6], [8, 10, 12]] and of_weight.tolist() == [5, 7, 9]
+    inputs = 4 * (6 + 6 + 3)
+    assert provider.bytes(out, backward=False) == inputs + 4 * 6
+    assert provider.bytes(out.bfloat16(), backward=True) == 3 * inputs + 2 * 2 * 6
+
+
+@pytest.mark.parametrize("level", ["operator", "layer"])
+@pytest.mark.parametrize("shape", [(9, 8, 2, 3, 1, 8), (7, 10, 1, 5, 0, 4)])
+def test_what_is_called_the_same_is_the_same(level, shape):
+    builders, grad_out = providers.LEVELS[level](providers.Shape(*shape), 2, torch.float32, torch.device("cpu"), True)
+    naive = builders["naive"]()(grad_out)
+    for name in ("ours", "unfold") if level == "operator" else ("ours",):
+        for x, y in zip(builders[name]()(grad_out), naive, strict=True):
+            assert torch.allclose(x, y, atol=1e-4 * y.abs().max())
+
+
+@pytest.mark.parametrize("model, shape", [("swin_t", "swin_t stage 1"), ("swin_b", "swin_b stage 1"),
+                                          ("volo_d1", "volo_d1 stage 1")])
+def test_layers_are_set_up_as_in_their_model(model, shape):
+    """Shapes of the parameters and plain settings, such as the scale, are those of the model's first layer."""
+    def first(module):
+        elsa = next(part for part in module.modules() if isinstance(part, models.elsa.ELSA))
+        plain = {name: value for name, value in vars(elsa).items() if isinstance(value, (int, float))}
+        return {name: value.shape for name, value in elsa.state_dict().items()}, {**plain, "training": None}
+
+    meta = torch.device("meta")
+    builders, _ = providers.layer(providers.SHAPES[shape], 1, torch.float32, torch.device("cpu"), False)
+    with meta:
+        whole = models.create_model(model, attn="elsa")
+    assert first(builders["ours"]().function) == first(whole)
+
+
+def test_naive_layer_uses_none_of_the_kernels(monkeypatch):
+    builders, grad_out = providers.layer(providers.Shape(5, 5, 1, 3, 0, 4), 1, torch.float32, torch.device("cpu"), True)
+    fail = lambda *_, **__: pytest.fail("a kernel")
+    for name in ("elsa_attention", "hadamard"):
+        monkeypatch.setattr(models.elsa, name, fail)
+    assert len(builders["naive"]()(grad_out)) > 2
+    assert models.elsa.elsa_attention is models.elsa.hadamard is fail
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_run_under_autocast(monkeypatch, dtype):
+    seen = []
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    model.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    monkeypatch.setattr(providers, "create_model", lambda name, attn: model)
+    out, *_ = providers.model("swin_t", 1, dtype, torch.device("cpu"), False)[0]["elsa"]()(None)
+    assert seen == [dtype] and out.dtype == torch.float32
 
 
 def test_windows_attend_within_themselves():
