@@ -161,6 +161,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
     ("file/deeper/bench.json", "got file/deeper/bench.json, where no file can be written (Not a directory)"),
     ("/proc/nonexistent/bench.json", "got /proc/nonexistent/bench.json, where no file can be written ("),
     ("x" * 300 + ".json", ".json, where no file can be written (File name too long)"),
+    ("x" * 245 + ".json", ".json, where no file can be written (File name too long)"),  # with what is added meanwhile
     ("folder.json", "got folder.json, but folder.json is a folder"),
     ("table.json", "got table.json, but table.md is a folder"),
     ("plot.json", "got plot.json, but plot.png is a folder"),

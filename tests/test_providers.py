@@ -25,6 +25,7 @@ def test_forward_is_timed_without_gradients_and_backward_with_all():
     inputs = 4 * (6 + 6 + 3)
     assert provider.bytes(out, backward=False) == inputs + 4 * 6
     assert provider.bytes(out.bfloat16(), backward=True) == 3 * inputs + 2 * 2 * 6
+    assert providers.Provider(function, (still.bfloat16(),)).bytes(out, backward=False) == 2 * 6 + 4 * 6
 
 
 @pytest.mark.parametrize("level", ["operator", "layer"])
