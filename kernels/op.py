@@ -120,7 +120,9 @@ def _check_tensors(v, logits, ghost_mul, ghost_add, kernel_size, stride):
 def _rooms(x):
     """The module that computes for this tensor's device."""
     if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
-        from kernels import aggregation  # only now: Triton has no packages for macOS and Windows, where the CPU path must work
+        from kernels import (
+            aggregation,  # only now: Triton has no packages for macOS and Windows, where the CPU path must work
+        )
         return aggregation
     return cpu
 

@@ -69,7 +69,10 @@ def ship(device):
 
 
 def _measure(kernel, configs, run):
-    from triton.runtime.errors import OutOfResources, PTXASError  # not above: the CPU path works where Triton does not exist
+    from triton.runtime.errors import (  # not above: the CPU path works where Triton does not exist
+        OutOfResources,
+        PTXASError,
+    )
     from triton.testing import do_bench
 
     times = []

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training import tiny
 
 from train import augment, classification, data
 from train.classification import mixed_cross_entropy
+from training import tiny
 
 
 @pytest.fixture

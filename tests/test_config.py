@@ -1,11 +1,11 @@
 """Recipes, options, values and the schedule that follows from them."""
 import pytest
-from training import TINY, tiny, train
 
 from models import create_model
 from train.command_line import parse_train
 from train.config import Config, cast, read_recipe, resolve
 from train.schedule import decay_groups, learning_rate
+from training import TINY, tiny, train
 
 
 @pytest.mark.parametrize("name, lr_free", [("swin_t", 0.1), ("swin_s", 0.3), ("swin_b", 0.5)])

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from training import ROOT, TINY, assert_same, checkpoint, rows, tiny, train
 
 from eval import imagenet
 from train import classification
 from train.classification import mixed_cross_entropy
 from train.config import resolve
 from train.run_folder import save_atomically
+from training import ROOT, TINY, assert_same, checkpoint, rows, tiny, train
 
 
 def test_crash_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch):
