@@ -237,6 +237,16 @@ def test_nothing_detected():
     assert detections["labels"].dtype == torch.int64
 
 
+def test_detections_are_in_pixels_of_the_image_before_it_was_padded():
+    model, images = tiny(), torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        detections, = model(images, [(50, 90)])
+        doubled, = model(images, torch.tensor([[50, 90]]), torch.tensor([[100, 180]]))
+    assert detections["masks"].shape[1:] == (50, 90) and doubled["masks"].shape[1:] == (100, 180)
+    assert (detections["boxes"].amax(0) <= torch.tensor([90, 50, 90, 50])).all()
+    assert torch.allclose(2 * detections["boxes"], doubled["boxes"], atol=1e-3)
+
+
 def test_feature_pyramid_equals_its_definition():
     torch.manual_seed(0)
     neck = FPN((4, 6, 8), 5)

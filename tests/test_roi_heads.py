@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.ops import box_iou, generalized_box_iou_loss
+from torchvision.ops import box_iou, generalized_box_iou_loss, roi_align
 
 from models.boxes import decode, encode, scale_factor
 from models.mask_rcnn import CascadeMaskRCNN, MaskRCNN
@@ -38,6 +38,14 @@ def test_pooling_equals_the_published():
     for side in (7, 14):
         pooled = head.pool(maps, [rois[rois[:, 0] == i, 1:] for i in range(2)], side)
         assert_close(f"side {side}", units[f"roi_out{side}"][order], pooled, 1e-5)
+
+
+def test_the_largest_and_smallest_are_pooled_from_the_last_and_first_level():
+    head, maps = make(), feature_maps(batch=1, H=1024, W=1024, channels=1)
+    for level, box in ((3, [0.0, 0.0, 1000.0, 1020.0]), (0, [3.0, 4.0, 5.0, 6.0]), (0, [3.0, 4.0, 3.0, 4.0])):
+        box = torch.tensor([box])
+        expected = roi_align(maps[level], [box], 7, 1 / STRIDES[level], aligned=True)
+        assert torch.equal(head.pool(maps, [box], 7), expected)
 
 
 def test_pasting_equals_the_published():
@@ -254,3 +262,11 @@ def test_masks_are_pooled_from_the_resized_image():
     detections = head.detections(maps, proposals, SIZES, originals)
     rois = [image["boxes"] * scale_factor(*sizes, "cpu") for image, *sizes in zip(detections, SIZES, originals)]
     assert len(pooled) == 1 and torch.equal(pooled[0], head.pool(maps, rois, 14))
+
+
+def test_what_scores_the_threshold_itself_is_no_detection(monkeypatch):
+    head, maps = with_tables(cascade=True), feature_maps()
+    proposals = [random_boxes(5, seed=i, size=size) for i, size in enumerate(SIZES)]
+    scores = head.detections(maps, proposals, SIZES, SIZES)[0]["scores"]
+    monkeypatch.setattr("models.roi_heads.SCORE_THRESHOLD", scores[2].item())
+    assert torch.equal(head.detections(maps, proposals, SIZES, SIZES)[0]["scores"], scores[:2])

@@ -77,6 +77,13 @@ def test_proposals_of_a_naive_loop(pre_nms, post_nms):
         assert torch.equal(boxes, expected[0]) and torch.allclose(scores, expected[1])
 
 
+def test_levels_do_not_suppress_each_other():
+    head, box = make(), torch.tensor([[8.0, 8.0, 24.0, 24.0]]).repeat(3, 1)
+    logits, deltas = [torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[6.0, 5.0, 4.0]])], [torch.zeros(1, 3, 4)] * 2
+    (boxes, scores), = head.proposals(logits, deltas, [box, box], [(64, 64)], 10, 10)
+    assert torch.equal(boxes, box[:2]) and torch.allclose(scores, torch.tensor([6.0, 3.0]).sigmoid())
+
+
 def naive_valid(head, size, inside_only):
     """[(level, row, column, ratio)] of the anchors that an image is trained with, in their order."""
     h, w = (math.ceil(side / 32) * 32 for side in size)
