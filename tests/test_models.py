@@ -34,3 +34,12 @@ def test_list_models():
     for name in list_models():
         with torch.device("meta"):
             create_model(name, num_classes=2)
+
+
+def test_heads_of_segmenters_start_as_published():
+    torch.manual_seed(0)
+    model = create_model("upernet_swin_t", embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), channels=64)
+    classifier, conv = model.decode_head.conv_seg, model.decode_head.fpn_convs[0].conv
+    for name, weight, std in (("conv_seg", classifier.weight, 0.01), ("conv", conv.weight, (2 / (64 * 9)) ** 0.5)):
+        assert abs(weight.std().item() / std - 1) < 5 / (2 * weight.numel()) ** 0.5, name  # five standard errors
+    assert not classifier.bias.any() and not model.auxiliary_head.conv_seg.bias.any()

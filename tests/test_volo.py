@@ -1,4 +1,6 @@
 """models/volo.py: against the published numbers, against timm, and against definitions written out naively."""
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,25 @@ def test_position_embedding_at_its_native_size_is_itself(h, w, seed):
     assert interpolate_pos_embed(pos_embed, h, w) is pos_embed
     larger = interpolate_pos_embed(torch.full_like(pos_embed, 2.5), 2 * h + 1, w + 3)
     assert larger.shape == (1, 2 * h + 1, w + 3, 3) and torch.allclose(larger, torch.tensor(2.5), atol=1e-5)
+
+
+def cubic_weights(n, m):
+    """(m, n): how much each of n cells contributes to each of m, bicubic between centres, borders repeated."""
+    weights = torch.zeros(m, n)
+    for i in range(m):
+        at = (i + 0.5) * n / m - 0.5
+        for j in range(math.floor(at) - 1, math.floor(at) + 3):
+            d = abs(at - j)
+            near = 1.25 * d ** 3 - 2.25 * d ** 2 + 1
+            far = -0.75 * (d ** 3 - 5 * d ** 2 + 8 * d - 4)
+            weights[i, min(max(j, 0), n - 1)] += near if d <= 1 else far
+    return weights
+
+
+def test_position_embedding_is_interpolated_between_the_centres_of_its_cells():
+    pos_embed = torch.randn(1, 6, 5, 3)
+    expected = torch.einsum("yi,xj,bijc->byxc", cubic_weights(6, 9), cubic_weights(5, 11), pos_embed)
+    assert_close("pos_embed", expected, interpolate_pos_embed(pos_embed, 9, 11), 1e-5)
 
 
 @pytest.mark.parametrize("attn", ["outlook", "elsa"])
