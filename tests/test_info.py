@@ -1,7 +1,7 @@
 """models/info.py: costs against the published ones and against counts by hand."""
 import pytest
 
-from models.info import info, stages
+from models.info import info, stages, table
 from run import main
 
 SMALL = dict(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
@@ -37,6 +37,12 @@ def test_memory_is_what_autograd_keeps():
     assert rows[""]["memory"] > sum(rows[f"layers.{i}"]["memory"] for i in range(4))
 
 
+def test_memory_of_a_layer_is_not_that_of_its_namesakes():
+    rows = info("swin_t", (32, 32), **{**SMALL, "depths": (12, 1, 1, 1)})
+    memory = {row["layer"]: row["memory"] for row in rows}
+    assert memory["layers.0.blocks.1"] == memory["layers.0.blocks.3"]  # without that of blocks.10 and blocks.11
+
+
 @pytest.mark.parametrize("attn", ["neighborhood", "dwconv", "ddf"])
 def test_multiply_adds_count_every_tap(attn):
     rows = {row["layer"]: row for row in info("swin_t", (32, 32), attn=attn, **SMALL)}
@@ -44,6 +50,21 @@ def test_multiply_adds_count_every_tap(attn):
     linear = {"neighborhood": 4 * C * C, "dwconv": 2 * C * C, "ddf": 2 * C * C + C * K}[attn] * pixels
     channel = C * 2 + 2 * C * K if attn == "ddf" else 0
     assert layer["macs"] == linear + channel + pixels * C * K * (2 if attn == "neighborhood" else 1)
+
+
+def test_detectors_cost_as_many_boxes_as_they_may_have():
+    options = dict(SMALL, channels=8, hidden=16, num_classes=3)
+    rows = {row["layer"]: row["macs"] for row in info("mask_rcnn_swin_t", (64, 96), attn="elsa", **options)}
+    assert rows["roi_head.bbox_head.shared_fcs.0"] == 1000 * 7 * 7 * 8 * 16
+    assert rows["roi_head.mask_head.convs.0.conv"] == 100 * 14 * 14 * 9 * 8 * 8
+    assert rows["roi_head.mask_head.conv_logits"] == 100 * 28 * 28 * 8 * 3
+    cells = sum(-(-64 // stride) * -(-96 // stride) for stride in (4, 8, 16, 32, 64))
+    assert rows["rpn_head.rpn_conv"] == cells * 9 * 8 * 8
+
+
+def test_table_gives_the_units():
+    row = {"layer": "", "kind": "Swin", "output": (2, 3), "parameters": 1234, "macs": 5_000_000, "memory": 3 << 20}
+    assert table([row]).splitlines()[1].split() == "total Swin 2 x 3 1,234 0.005 G 3.0 MB".split()
 
 
 def test_info_prints_a_table(capsys):
