@@ -1,10 +1,10 @@
 """models/__init__.py: architectures by name, and errors that help."""
 import pytest
 import torch
-from test_swin import tiny
 
 from models import create_model, list_models
 from models.elsa import ELSA
+from test_swin import tiny
 
 
 @pytest.mark.parametrize("call, words", [

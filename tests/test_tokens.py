@@ -1,7 +1,6 @@
 """train/tokens.py and the losses on tokens: boxes add up, label maps follow their images."""
 import itertools
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from train.losses import token_cross_entropy
 
-from train import data, loop, tokens
-from train.config import Config, resolve
-from train.loop import train
+from train import augment, classification, loop, photographs, tokens
+from train.classification import token_cross_entropy
+from train.config import RECIPES, Config, resolve
+from training import train
 
 VOLO = dict(
     model="volo_d1", model_args=dict(embed_dim=12, depths=[1, 1, 1, 1], num_heads=[2, 4], stem_dim=4),
@@ -168,16 +167,17 @@ def test_map_goes_wherever_the_image_goes(options):
     y, x = np.mgrid[:H, :W]
     red, green = 255 * (x + 0.5) / W, 255 * (y + 0.5) / H
     image = Image.fromarray(np.stack([red, green, np.full_like(red, 230)], -1).astype(np.uint8))
-    operations = data.OPERATIONS
-    geometric = tuple(operation for operation in operations if isinstance(operation, data.Geometric))
-    data.OPERATIONS = geometric  # the others change colours
+    operations = augment.OPERATIONS
+    geometric = tuple(operation for operation in operations if isinstance(operation, augment.Affine))
+    augment.OPERATIONS = geometric  # the others change colours
     try:
-        transform = data.TrainingTransform(Config(**{**PLAIN, "img_size": 64, **options}))
+        transform = augment.TrainingTransform(Config(**{**PLAIN, "img_size": 64, **options}))
         errors = []
         for seed in range(20):
             torch.manual_seed(seed)
             pixels, place = transform(image)
-            pixels = pixels * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]
+            mean, std = (torch.tensor(x)[:, None, None] for x in (photographs.MEAN, photographs.STD))
+            pixels = pixels * std + mean
             rows, columns = (np.mgrid[:64, :64] + 0.5) / 64
             at = np.stack([columns, rows, np.ones_like(rows)], -1) @ place.T
             # Blue is 230 wherever the image is: what one operation pushed out of the frame and another brought back
@@ -189,7 +189,7 @@ def test_map_goes_wherever_the_image_goes(options):
         errors = np.concatenate(errors)
         assert len(errors) > 20 * 1000 and np.quantile(errors, 0.98) < 0.012 and errors.max() < 0.1
     finally:
-        data.OPERATIONS = operations
+        augment.OPERATIONS = operations
 
 
 @pytest.fixture
@@ -212,10 +212,10 @@ def photos(tmp_path):
 
 def test_samples_bring_their_own_map(photos):
     config = Config(**PLAIN, data=str(photos / "photos"), token_labels=str(photos / "maps"), limit=6)
-    training, _, _ = data.datasets(config)
+    training, _, _ = classification.datasets(config)
     for index in range(6):
-        image, label, label_map, place = training[0, index]
-        assert image.shape == (3, 32, 32) and label_map.shape == (2, 2, 18, 18) and torch.equal(place, torch.eye(3))
+        image, label, label_map, matrix = training[0, index]
+        assert image.shape == (3, 32, 32) and label_map.shape == (2, 2, 18, 18) and torch.equal(matrix, torch.eye(3))
         assert (label_map[1, 0] == label).all() and (label_map[0, 0] == 9).all()
 
 
@@ -230,7 +230,8 @@ def test_trains_on_label_maps(photos, attn, tmp_path):
 
 def test_what_is_wrong_with_label_maps_is_said(photos):
     def datasets():
-        return data.datasets(Config(**PLAIN, data=str(photos / "photos"), token_labels=str(photos / "maps")))[0]
+        config = Config(**PLAIN, data=str(photos / "photos"), token_labels=str(photos / "maps"))
+        return classification.datasets(config)[0]
 
     broken = photos / "maps" / "dog" / "0.pt"
     for content, words in (
@@ -324,7 +325,6 @@ def test_fine_tuning_recipes_are_the_published_ones(name, size, batch_size, drop
 
 
 def test_every_shipped_recipe_is_valid():
-    recipes = Path(data.__file__).parent / "recipes"
-    for path in recipes.glob("*.yaml"):
+    for path in RECIPES.glob("*.yaml"):
         config, _ = resolve(dict(data=None if path.stem.startswith("scenes") else "photos"), recipe=path)
         assert config.img_size >= 32

@@ -4,13 +4,13 @@ import os
 
 import pytest
 import torch
+
+from models import create_model, load_weights
+from published import assert_close, published_state
 from test_mask_rcnn import BACKBONE
 from test_mask_rcnn import tiny as tiny_detector
 from test_swin import tiny
 from test_volo import tiny as tiny_volo
-
-from models import create_model, load_weights
-from published import assert_close, published_state
 
 
 def to_microsoft(timm_state):

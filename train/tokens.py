@@ -26,12 +26,12 @@ def _interval(rng, size, length):
     return max(0, centre - length // 2), min(size, centre + length // 2)
 
 
-def dense_targets(maps, places, labels, h, w, num_classes, smoothing, ground_truth):
+def dense_targets(maps, matrices, labels, h, w, num_classes, smoothing, ground_truth):
     """What a label map says of each token of an augmented image -> (class targets (B, C), token targets (B, h, w, C)).
 
     maps: (B, 2, n, rows, columns), scores and classes of the n best classes at each place of the photograph; the others
         score 0.
-    places: (B, 3, 3), see train.data.TrainingTransform.
+    matrices: (B, 3, 3), see augment.TrainingTransform.
     ground_truth: mixes a tenth of the label into the class target, half where both agree.
 
     Scores are read bilinearly at four points a token and averaged, and are 0 outside the photograph; their softmax is
@@ -45,8 +45,8 @@ def dense_targets(maps, places, labels, h, w, num_classes, smoothing, ground_tru
     y = (torch.arange(2 * h, device=maps.device) + 0.5) / (2 * h)
     x = (torch.arange(2 * w, device=maps.device) + 0.5) / (2 * w)
     y, x = torch.meshgrid(y, x, indexing="ij")
-    points = torch.stack([x, y, torch.ones_like(x)], -1) @ places[:, None].transpose(-1, -2)  # (B, 2h, 2w, 3): x, y, 1
-    points = points[..., :2]
+    points = torch.stack([x, y, torch.ones_like(x)], -1) @ matrices[:, None].transpose(-1, -2)
+    points = points[..., :2]  # (B, 2h, 2w, 2): x, y in the photograph
     inside = ((points >= 0) & (points <= 1)).all(-1)  # (B, 2h, 2w)
     sampled = F.grid_sample(scores, 2 * points - 1, padding_mode="border", align_corners=False) * inside[:, None]
     tokens = F.avg_pool2d(sampled, 2)  # (B, C, h, w)
