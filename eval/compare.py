@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from eval.tasks import task_of
 from models.info import info
 from train.command_line import Parser
-from train.config import KEYS, family_of, model_overrides, resolve, to_dict
+from train.config import KEYS, family_of, model_overrides, recipe_path, resolve, to_dict
 from train.run_folder import replace_atomically
 
 ENTRY_POINT = Path(__file__).parents[1] / "run.py"
@@ -47,6 +47,9 @@ def main(argv):
     if seeds < 1 or len(set(attns)) < len(attns):
         raise ValueError(f"--seeds {seeds} --attn {','.join(attns)}: expected 1 seed or more, and every kind of "
                          "attention once")
+    if not recipe and options.get("data"):  # plain Swin's own recipe would make two kinds of training
+        shared = recipe_path(options["model"], options["data"], attn="elsa")
+        recipe = str(shared) if shared.exists() else None
     config, _ = resolve(options, recipe)
     data = Path(config.data).resolve().name if config.data else "scenes"
     folder = Path(out or f"runs/compare-{config.model}-{data}")

@@ -40,7 +40,8 @@ def settle(options, weights, photographs=False):
                          "none")
     options["model"] = options["model"] or saved.get("model", "swin_t")
     if not saved:  # the scenes have a size of their own, and so have the photographs of each model's recipe
-        recipe = configuration.recipe_path(options["model"], photographs or options.get("data"))
+        recipe = configuration.recipe_path(options["model"], photographs or options.get("data"),
+                                            attn=options.get("attn"))
         saved = configuration.read_recipe(recipe) if recipe.exists() else {}
     config = configuration.Config(batch_size=128)
     for name, value in [(name, saved[name]) for name in TRAINED if name in saved] + list(options.items()):

@@ -57,6 +57,17 @@ def test_accumulated_passes_see_the_same_images():
     assert len(whole) == 2 and [a + b for a, b in zip(parts[::2], parts[1::2])] == whole
 
 
+@pytest.mark.parametrize("groups", [None, [0] * 13 + [1] * 9])
+def test_filled_batches_leave_no_image_out(groups):
+    shares = [list(data.BatchSampler(22, 8, 2, 1, rank, 2, groups, fill_last=True)) for rank in range(2)]
+    seen = [index for share in shares for batch in share for _, index in batch]
+    steps = 3  # of 8: 22 images, or with groups 14 + 10, in pairs
+    assert len(seen) == 8 * steps and set(seen) == set(range(22)) and all(len(share) == 2 * steps for share in shares)
+    assert len(data.BatchSampler(22, 8, 2, 1, 0, 2, groups, fill_last=True)) == 2 * steps
+    if groups:
+        assert all(len({groups[index] for _, index in batch}) == 1 for share in shares for batch in share)
+
+
 def test_every_randaugment_operation_keeps_the_image_format():
     torch.manual_seed(0)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))

@@ -1,21 +1,25 @@
 """Recipes, options, values and the schedule that follows from them."""
+import re
+
 import pytest
+import yaml
 
 from models import create_model
+from run import main
 from train.command_line import parse_train
-from train.config import Config, cast, read_recipe, resolve
-from train.schedule import decay_groups, learning_rate
+from train.config import PUBLISHED, cast, published, read_recipe, resolve, to_dict
+from train.schedule import decay_groups
 from training import TINY, tiny, train
 
 
 @pytest.mark.parametrize("name, lr_free", [("swin_t", 0.1), ("swin_s", 0.3), ("swin_b", 0.5)])
 def test_recipes_are_the_published_ones(name, lr_free):
-    config, _ = resolve(dict(model=name, data="photos"))
+    config, _ = resolve(dict(model=name, attn="elsa", data="photos"))
     assert config.drop_path_rate == lr_free and (config.ema > 0) == (name == "swin_b")
-    published = dict(epochs=300, batch_size=1024, lr=1e-3, weight_decay=0.05, warmup_epochs=20, warmup_lr=1e-6,
-                     min_lr=1e-5, mixup=0.8, cutmix=1.0, erasing=0.25, label_smoothing=0.1, clip_grad=5.0,
-                     randaugment=9.0, randaugment_std=0.5)
-    assert {name: getattr(config, name) for name in published} == published
+    values = dict(epochs=310, cooldown_epochs=10, batch_size=1024, lr=1e-3, weight_decay=0.05, warmup_epochs=20,
+                  warmup_lr=1e-6, min_lr=1e-5, mixup=0.8, cutmix=1.0, erasing=0.25, label_smoothing=0.1, clip_grad=5.0,
+                  randaugment=9.0, randaugment_std=0.5)
+    assert {name: getattr(config, name) for name in values} == values
 
 
 def test_options_override_the_recipe(tmp_path):
@@ -54,17 +58,22 @@ def test_values_out_of_range_are_named(options):
 
 
 def test_short_runs_keep_the_share_of_warm_up():
-    config, notes = resolve(dict(model="swin_t", data="photos", epochs=3))
-    assert config.warmup_epochs == pytest.approx(0.2) and any("warm-up" in note for note in notes)
+    config, notes = resolve(dict(model="swin_t", attn="elsa", data="photos", epochs=3))
+    assert config.warmup_epochs == pytest.approx(3 * 20 / 310) and any("warm-up" in note for note in notes)
+    assert config.cooldown_epochs == pytest.approx(3 * 10 / 310) and config.lr_per == "step"
+    config, notes = resolve(dict(model="swin_t", attn="elsa", data="photos", epochs=100))
+    assert (config.warmup_epochs, config.cooldown_epochs, config.lr_per) == (20, 10, "epoch")
+    with pytest.raises(ValueError, match="cooldown_epochs = 3 leaves none of the 3 epochs"):
+        resolve(dict(model="swin_t", data="photos", epochs=3, cooldown_epochs=3))
 
 
-def test_learning_rate_at_known_steps():
-    config = Config(epochs=10, warmup_epochs=2, lr=1e-3, warmup_lr=1e-6, min_lr=1e-5)
-    at = [learning_rate(step, 100, config) for step in range(1000)]
-    assert at[0] == 1e-6 and at[100] == pytest.approx((1e-3 + 1e-6) / 2) and at[200] == 1e-3 == max(at)
-    assert at[-1] == pytest.approx(1e-5) and at[200 + 400] == pytest.approx((1e-3 + 1e-5) / 2, rel=5e-3)
-    assert all(a >= b for a, b in zip(at[200:], at[201:]))
-    assert [learning_rate(step, 1, Config(epochs=1, warmup_epochs=0)) for step in range(1)] == [1e-3]
+def test_plain_swin_has_a_recipe_of_its_own():
+    for attn in (None, "window", "elsa", "dwconv"):
+        config, notes = resolve(dict(model="swin_s", data="photos", **({"attn": attn} if attn else {})))
+        plain = attn in (None, "window")
+        assert (config.crop_pct, config.epochs, config.lr_late) == ((0.875, 300, True) if plain else (0.9, 310, False))
+        assert notes[0].startswith("recipe swin_s_window:" if plain else "recipe swin_s:")
+    assert resolve(dict(model="swin_s"))[1][0].startswith("recipe scenes_swin:")
 
 
 @pytest.mark.parametrize("attn", ["elsa", "window"])
@@ -76,3 +85,20 @@ def test_decay_spares_norms_biases_and_position_biases(attn):
     assert all("norm" not in name and not name.endswith(("bias", "bias_table")) for name in decayed)
     assert all("norm" in name or name.endswith(("bias", "bias_table")) for name in spared)
     assert any("ghost_head" in name for name in decayed) == (attn == "elsa")
+
+
+def test_recipes_beside_the_published_values(capsys):
+    assert main(["info", "swin_t", "--attn", "elsa", "--recipe"]) == 0
+    printed = capsys.readouterr().out
+    assert "damo-cv/ELSA" in printed and re.search(r"^epochs +310 +310$", printed, re.MULTILINE)
+    assert re.findall(r"^(\w+) .* differs$", printed, re.MULTILINE) == ["amp"]
+    assert main(["info", "volo_d5", "--recipe"]) == 0 and "nothing by this name" in capsys.readouterr().out
+
+
+def test_published_recipes_differ_where_docs_say_so():
+    for name in yaml.safe_load(PUBLISHED.read_text()):
+        model = re.sub("_(3x|384|448|window)$", "", name)
+        config = to_dict(resolve({"model": model, "data": "photos"}, name)[0])
+        source, values = published(name)
+        differing = {key for key, value in values.items() if cast(key, value) != cast(key, config[key])}
+        assert source and differing <= {"amp", "published_label_crop", "interpolation"}, name

@@ -67,6 +67,33 @@ def test_resume_refuses_another_configuration(tmp_path):
         train(tiny(), resume=str(tmp_path / "absent"))
 
 
+def test_a_run_without_the_younger_keys_goes_on(tmp_path):
+    out = tmp_path / "run"
+    train(tiny(out=str(out), epochs=1))
+    saved = checkpoint(out)
+    for name in ("cooldown_epochs", "select", "lr_per"):
+        del saved["config"][name]
+    torch.save(saved, out / "last.pt")
+    train(tiny(out=str(out), epochs=1), resume=True)
+    with pytest.raises(ValueError, match="select: 'best' -> 'last'"):
+        train(tiny(out=str(out), epochs=1, select="last"), resume=True)
+
+
+def test_max_steps_ends_in_the_middle_of_an_epoch(tmp_path):
+    history = train(tiny(out=str(tmp_path / "run"), epochs=3, max_steps=4))  # 3 steps an epoch
+    logged = rows(tmp_path / "run")
+    assert len(history) == 2 and [row["step"] for row in logged if "step" in row] == [0, 1, 2, 3]
+    assert history[1]["train_loss"] == logged[-2]["loss"]
+
+
+@pytest.mark.parametrize("select, epoch", [("best", 2), ("last", 3)])
+def test_best_is_of_the_selected_epoch(tmp_path, monkeypatch, select, epoch):
+    scores = iter([10.0, 30.0, 20.0])
+    monkeypatch.setattr(imagenet, "evaluate", lambda *_: {"top1": next(scores), "top5": 50.0, "loss": 1.0})
+    train(tiny(out=str(tmp_path / "run"), epochs=3, limit=8, select=select))
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["epoch"] == epoch
+
+
 def test_accumulation_changes_losses_by_rounding_alone(tmp_path):
     train(tiny(out=str(tmp_path / "one"), epochs=1))
     train(tiny(out=str(tmp_path / "two"), epochs=1, accumulate=2))

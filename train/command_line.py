@@ -86,7 +86,7 @@ def help_of_train(config, source, named):
                  and concerns(name, config.model if named else None)]
         lines += ["", f"{heading}:"] if names else []
         for name in names:
-            entry(f"{_option(name)} {_shown(to_dict(config)[name])}", KEYS[name].metadata["help"])
+            entry(f"{_option(name)} {shown(to_dict(config)[name])}", KEYS[name].metadata["help"])
         if group == "data":
             entry("--recipe FILE", "YAML file of options, or the name of a shipped one")
             entry("--resume [RUN]", "continue the newest run of this name, or the given one")
@@ -97,12 +97,12 @@ def _option(name):
     return "--" + name.replace("_", "-")
 
 
-def _shown(value):
+def shown(value):
     """As it would be typed."""
     if isinstance(value, list):
         return ",".join(f"{number:g}" for number in value)
     if isinstance(value, dict):
-        return "'{" + ", ".join(f"{name}: {_shown(part)}" for name, part in value.items()) + "}'"
+        return "'{" + ", ".join(f"{name}: {shown(part)}" for name, part in value.items()) + "}'"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
 
 

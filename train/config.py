@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 RECIPES = Path(__file__).parent / "recipes"
+PUBLISHED = Path(__file__).parent / "published.yaml"
 
 # The first word of a model's name, its family -> its task.
 TASK_OF_FAMILY = {"swin": "classification", "volo": "classification", "upernet": "segmentation",
@@ -45,18 +46,25 @@ class Config:
     out: str | None = key("data", None, "folder of the run; null: runs/MODEL-ATTN-DATA, numbered")
 
     epochs: int = key("schedule", 300, "passes over the training images")
+    cooldown_epochs: float = key("schedule", 0.0, "of these, the last so many at min_lr")
+    max_steps: int | None = key("schedule", None, "optimiser steps after which the run ends; null: epochs")
     batch_size: int = key("schedule", 1024, "images per optimiser step, of all ranks and passes together")
     accumulate: int = key("schedule", 1, "passes per optimiser step")
     lr: float = key("schedule", 1e-3, "peak learning rate")
     warmup_lr: float = key("schedule", 1e-6, "learning rate of the first step")
     min_lr: float = key("schedule", 1e-5, "learning rate at the end")
-    schedule: str = key("schedule", "cosine", "cosine, after the warm-up; linear, from the start; steps")
+    schedule: str = key("schedule", "cosine", "of lr: cosine, linear or steps")
+    cosine_from: str = key("schedule", "warmup", "where the cosine starts: warmup, at its end; zero, at epoch 0")
+    lr_per: str = key("schedule", "step", "lr changes with every step or every epoch")
+    lr_late: bool = key("schedule", False, "a step takes the rate of the one before")
     milestones: tuple = key("schedule", (8.0, 11.0), "steps: epochs after which lr is divided by ten")
     warmup_epochs: float = key("schedule", 20.0, "epochs of linear warm-up")
     weight_decay: float = key("schedule", 0.05, "of AdamW; not of norms, biases, position biases")
     betas: tuple = key("schedule", (0.9, 0.999), "momenta of AdamW")
     clip_grad: float = key("schedule", 0.0, "largest norm of the gradient; 0: no clipping")
     ema: float = key("schedule", 0.0, "decay of an average of the weights, to be evaluated; 0: none")
+    fill_last: bool = key("schedule", False, "fill the last batch of an epoch instead of leaving it out")
+    select: str = key("schedule", "best", "epoch of best.pt: best or last")
 
     scale: tuple = key("augmentation", (0.08, 1.0), "share of the area that a random crop keeps; 1,1: no crop",
                        "classification")
@@ -116,7 +124,7 @@ def resolve(options, recipe=None):
     """
     config, notes = Config(), []
     model = options.get("model", config.model)
-    path = recipe_path(model, options.get("data"), recipe)
+    path = recipe_path(model, options.get("data"), recipe, options.get("attn"))
     if path.exists():
         values = read_recipe(path)
         notes.append(f"recipe {path.stem}: {path}")
@@ -132,8 +140,8 @@ def resolve(options, recipe=None):
     for name in options:
         if not concerns(name, model):
             notes.append(f"{name} has no effect on {model}: it is for {' and '.join(KEYS[name].metadata['only'])}")
-    if config.warmup_epochs >= config.epochs > 0:
-        notes.append(_shorten_warmup(config, values, options))
+    if config.warmup_epochs + config.cooldown_epochs >= config.epochs > 0:
+        notes.append(_fit_into_epochs(config, values, options))
     usual = values.get("batch_size")
     if usual and "lr" not in options and config.batch_size != usual:
         notes.append(f"lr {config.lr:g} was meant for batches of {usual}; for {config.batch_size}, proportional would "
@@ -142,25 +150,35 @@ def resolve(options, recipe=None):
     return config, notes
 
 
-def _shorten_warmup(config, values, options):
-    """Keeps the recipe's share of warm-up in a run too short for its epochs -> a note."""
-    share = cast("warmup_epochs", values.get("warmup_epochs", 20)) / cast("epochs", values.get("epochs", 300))
-    if "warmup_epochs" in options or share >= 1:
-        raise ValueError(f"warmup_epochs = {config.warmup_epochs:g} leaves none of the {config.epochs} epochs for "
-                         "training; expected less than --epochs")
-    recipes = config.warmup_epochs
-    config.warmup_epochs = share * config.epochs
-    return (f"warm-up of {config.warmup_epochs:.3g} epochs, the recipe's share, because its {recipes:g} do not fit "
-            f"into {config.epochs}")
+def _fit_into_epochs(config, values, options):
+    """Keeps the recipe's shares of warm-up and cool-down in a run too short for their epochs -> a note."""
+    recipe_epochs = cast("epochs", values.get("epochs", 300))
+    parts = {name: cast(name, values.get(name, KEYS[name].default)) for name in ("warmup_epochs", "cooldown_epochs")}
+    given = [name for name in parts if name in options]
+    if given or sum(parts.values()) >= recipe_epochs:
+        name = given[0] if given else "warmup_epochs"
+        raise ValueError(f"{name} = {getattr(config, name):g} leaves none of the {config.epochs} epochs for training; "
+                         "expected less than --epochs")
+    for name, epochs in parts.items():
+        setattr(config, name, epochs * config.epochs / recipe_epochs)
+    config.lr_per = config.lr_per if "lr_per" in options else "step"
+    return (f"warm-up of {config.warmup_epochs:.3g} epochs, the recipe's share, because its {parts['warmup_epochs']:g} "
+            f"do not fit into {config.epochs}")
 
 
-def recipe_path(model, data=None, recipe=None):
+def recipe_path(model, data=None, recipe=None, attn=None):
     """Where the recipe is: `recipe`, a file or the name of a shipped one, else that of the model, or without data of
-    the scenes. The file need not exist."""
-    if not recipe:
-        return RECIPES / (f"{model}.yaml" if data else f"scenes_{family_of(model)}.yaml")
-    shipped = RECIPES / f"{recipe}.yaml"
-    return shipped if not Path(recipe).exists() and shipped.exists() else Path(recipe)
+    the scenes. The file need not exist.
+
+    attn: plain Swin, None or "window", was published with a recipe of its own.
+    """
+    if recipe:
+        shipped = RECIPES / f"{recipe}.yaml"
+        return shipped if not Path(recipe).exists() and shipped.exists() else Path(recipe)
+    if not data:
+        return RECIPES / f"scenes_{family_of(model)}.yaml"
+    own = RECIPES / f"{model}_window.yaml"
+    return own if attn in (None, "window") and own.exists() else RECIPES / f"{model}.yaml"
 
 
 def read_recipe(path):
@@ -185,6 +203,15 @@ def read_recipe(path):
             raise ValueError(f"unknown key {name!r} in {path}; {nearest(str(name), KEYS)}`run.py train MODEL --help` "
                              "lists all")
     return values
+
+
+def published(recipe):
+    """(source, {key: value}) of what was published for a recipe, by its name; (None, {}) where nothing was."""
+    entries = yaml.safe_load(PUBLISHED.read_text())
+    values = dict(entries.get(recipe, {}))
+    while "base" in values:
+        values = {**entries[values.pop("base")], **values}
+    return values.pop("source", None), values
 
 
 def cast(name, value):
@@ -234,10 +261,10 @@ def check(config):
             expect(all(map(math.isfinite, value if isinstance(value, tuple) else (value,))), name, "finite numbers")
     expect(0 <= config.seed < 2 ** 63, "seed", "0 to 2**63 - 1")
     for name in ("img_size", "num_classes", "patch_size", "window_size", "epochs", "batch_size", "accumulate", "limit",
-                 "val_limit"):
+                 "val_limit", "max_steps"):
         expect(getattr(config, name) is None or getattr(config, name) > 0, name, "1 or more")
-    for name in ("lr", "warmup_lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "mixup", "cutmix",
-                 "mix_token", "dense_weight", "auxiliary_weight", "randaugment_std"):
+    for name in ("lr", "warmup_lr", "min_lr", "warmup_epochs", "cooldown_epochs", "weight_decay", "clip_grad",
+                 "mixup", "cutmix", "mix_token", "dense_weight", "auxiliary_weight", "randaugment_std"):
         expect(getattr(config, name) >= 0, name, "0 or more")
     for name in ("flip", "crop", "erasing", "label_smoothing"):
         expect(0 <= getattr(config, name) <= 1, name, "0 to 1")
@@ -251,6 +278,9 @@ def check(config):
     expect(config.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
     expect(0 < config.resize[0] <= config.resize[1], "resize", "two rising ratios, as 0.5,2")
     expect(config.schedule in ("cosine", "linear", "steps"), "schedule", "cosine, linear or steps")
+    expect(config.cosine_from in ("warmup", "zero"), "cosine_from", "warmup or zero")
+    expect(config.lr_per in ("step", "epoch"), "lr_per", "step or epoch")
+    expect(config.select in ("best", "last"), "select", "best or last")
     expect(0 < config.milestones[0] <= config.milestones[1], "milestones", "two rising epochs, as 8,11")
     expect(config.amp in ("auto", "bf16", "fp16", "none"), "amp", "auto, bf16, fp16 or none")
     expect(config.workers is None or config.workers >= 0, "workers", "0 or more")
@@ -273,9 +303,9 @@ def to_dict(config):
 
 def refuse_other(config, saved):
     """Raises ValueError when a run with configuration `saved` (a dict) cannot be continued under `config`."""
-    ours = to_dict(config)
-    other = [f"{name}: {saved.get(name)!r} -> {ours[name]!r}"
-             for name in KEYS if name not in FREE and ours[name] != saved.get(name)]
+    ours, saved = to_dict(config), {**to_dict(Config()), **saved}  # keys younger than the run had no effect on it
+    other = [f"{name}: {saved[name]!r} -> {ours[name]!r}"
+             for name in KEYS if name not in FREE and ours[name] != saved[name]]
     if other:
         raise ValueError("--resume: the run was started with another configuration, and would not end as it would "
                          "have; start a new run, or give the old values. Different are " + ", ".join(other))

@@ -56,35 +56,47 @@ class BatchSampler:
     """Keys (epoch, index) of one rank: step s takes images s * batch_size on of the epoch's permutation, split among
     ranks.
 
-    Yields one list per backward pass. The images left over at the end of an epoch are not used in it. groups: a number
-    for each image; what a rank takes in one pass is then of one group, except for a few remainders at the end. """
+    Yields one list per backward pass. The images left over at the end of an epoch are not used in it; with fill_last
+    they are, and first ones again fill the batch. groups: a number for each image; what a rank takes in one pass is
+    then of one group, except for a few remainders at the end, which fill_last fills with images of their own group. """
 
-    def __init__(self, length, batch_size, accumulate, seed, rank, world, groups=None):
+    def __init__(self, length, batch_size, accumulate, seed, rank, world, groups=None, fill_last=False):
         self.length, self.batch_size, self.accumulate = length, batch_size, accumulate
-        self.seed, self.rank, self.world, self.groups = seed, rank, world, groups
+        self.seed, self.rank, self.groups, self.fill_last = seed, rank, groups, fill_last
+        self.per_pass = batch_size // accumulate
+        self.per_rank = self.per_pass // world
         self.epoch = 0
 
     def __len__(self):
-        return self.length // self.batch_size * self.accumulate
+        length = self.length
+        if not self.fill_last:
+            return length // self.batch_size * self.accumulate
+        if self.groups is not None:
+            counts = np.unique(self.groups, return_counts=True)[1]
+            length = int((-(-counts // self.per_rank) * self.per_rank).sum())
+        return -(-length // self.batch_size) * self.accumulate
 
     def __iter__(self):
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(self.length)
-        per_pass = self.batch_size // self.accumulate
-        per_rank = per_pass // self.world
         if self.groups is not None:
-            order = group_batches(order, np.asarray(self.groups)[order], per_rank, rng)
+            order = group_batches(order, np.asarray(self.groups)[order], self.per_rank, rng, self.fill_last)
+        if self.fill_last:
+            order = np.resize(order, len(self) * self.per_pass)  # repeats it
         order = order.tolist()
-        for start in range(0, len(self) * per_pass, per_pass):
-            first = start + self.rank * per_rank
-            yield [(self.epoch, index) for index in order[first:first + per_rank]]
+        for start in range(0, len(self) * self.per_pass, self.per_pass):
+            first = start + self.rank * self.per_rank
+            yield [(self.epoch, index) for index in order[first:first + self.per_rank]]
 
 
-def group_batches(order, groups, size, rng):
-    """`order` (n,) so rearranged that each `size` of it are of one group; what of a group is left over comes last."""
+def group_batches(order, groups, size, rng, fill=False):
+    """`order` (n,) so rearranged that each `size` of it are of one group; what of a group is left over comes last, or
+    with `fill` is made a batch of `size` with first ones of its group."""
     batches, rest = [], []
     for group in np.unique(groups):
         members = order[groups == group]
+        if fill:
+            members = np.resize(members, -(-len(members) // size) * size)  # repeats them
         whole = len(members) // size * size
         batches += list(members[:whole].reshape(-1, size))
         rest.append(members[whole:])
@@ -94,7 +106,7 @@ def group_batches(order, groups, size, rng):
 def training_loader(dataset, config, rank, world):
     """Batches of one rank; dataset.groups and dataset.collate are used where a task has them."""
     sampler = BatchSampler(len(dataset), config.batch_size, config.accumulate, config.seed, rank, world,
-                           getattr(dataset, "groups", None))
+                           getattr(dataset, "groups", None), config.fill_last)
     workers = num_workers(config)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=getattr(dataset, "collate", None), num_workers=workers,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)

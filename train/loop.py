@@ -16,7 +16,7 @@ from train.device import peak_memory, to_device
 from train.distributed import broadcast_buffers, join_ranks, leave_ranks, mean_over_ranks, tune_kernels
 from train.progress import Progress
 from train.run_folder import RunFolder
-from train.schedule import learning_rate
+from train.schedule import learning_rate, total_steps
 from train.state import TrainingState
 
 
@@ -53,11 +53,12 @@ def train(config, task, evaluation, resume=None, notes=()):
         state.wrap()
 
         steps = len(loader) // config.accumulate  # of an epoch
-        progress = Progress(config.epochs * steps, state.epoch * steps, config.batch_size, rank)
-        for epoch in range(state.epoch, config.epochs):
+        total = total_steps(steps, config)
+        progress = Progress(total, state.epoch * steps, config.batch_size, rank)
+        for epoch in range(state.epoch, math.ceil(total / steps)):
             start = time.perf_counter()
             losses = train_epoch(state, task, loader, epoch, rank, folder, progress)
-            rate = steps * config.batch_size / (time.perf_counter() - start)
+            rate = len(losses) * config.batch_size / (time.perf_counter() - start)
             broadcast_buffers(state.model)
             result = evaluation.evaluate(state.evaluated, val_loader, device, config.amp)
             close_epoch(state, folder, result, evaluation.METRICS, classes, losses, rate)
@@ -77,7 +78,7 @@ def train_epoch(state, task, loader, epoch, rank, folder, progress):
     state.model.train()
     batches, losses = iter(loader), []
 
-    for step in range(epoch * steps, (epoch + 1) * steps):
+    for step in range(epoch * steps, min((epoch + 1) * steps, total_steps(steps, config))):
         lr = learning_rate(step, steps, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -114,6 +115,7 @@ def close_epoch(state, folder, result, metrics, classes, losses, rate):
     chosen = next(iter(metrics))
     # NaN, of nothing to find, is written, too.
     best = not result[chosen] <= max((row[chosen] for row in state.history), default=-1.0)
+    best = best or state.config.select == "last"
     state.epoch += 1
     row = {"epoch": state.epoch, "train_loss": sum(losses) / len(losses)}
     if "loss" in result:

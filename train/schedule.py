@@ -16,20 +16,38 @@ def decay_groups(model, weight_decay):
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
+def total_steps(steps_per_epoch, config):
+    """Optimiser steps of a whole run."""
+    return min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
+
+
 def learning_rate(step, steps_per_epoch, config):
-    """Linear from warmup_lr to lr over the warm-up, then half a cosine down to min_lr at the last step.
+    """The rate of optimiser step `step`, from 0.
+
+    A linear warm-up from warmup_lr towards lr, then half a cosine down to min_lr, which the last step has, then the
+    cool-down at min_lr. The cosine is counted from the end of the warm-up, or with cosine_from "zero", as timm does,
+    from epoch 0, so that it takes over below lr. lr_per "epoch": all steps of an epoch have the rate of its first.
+    lr_late, as in Microsoft's Swin: the rate of the step before, so that the cosine would end one step after the last.
 
     The linear schedule falls from lr at the first step to min_lr after the last, the steps are a tenth after each
     milestone, and the warm-up, a factor, lies over both.
     """
-    warmup, last = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch - 1
+    total, warmup = total_steps(steps_per_epoch, config), round(config.warmup_epochs * steps_per_epoch)
+    end = total - round(config.cooldown_epochs * steps_per_epoch)
+    if config.lr_per == "epoch":
+        step = step // steps_per_epoch * steps_per_epoch
+    elif config.lr_late:
+        step = max(0, step - 1)
+    else:
+        end = max(1, end - 1)
     if config.schedule != "cosine":
-        falling = config.min_lr + (config.lr - config.min_lr) * (1 - step / (last + 1))
+        falling = config.min_lr + (config.lr - config.min_lr) * (1 - step / total)
         if config.schedule == "steps":
             falling = config.lr / 10 ** sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
         start = config.warmup_lr / config.lr if config.lr else 0
         return falling * (start + (1 - start) * step / warmup) if step < warmup else falling
     if step < warmup:
         return config.warmup_lr + (config.lr - config.warmup_lr) * step / warmup
-    done = (step - warmup) / max(1, last - warmup)
+    start = warmup if config.cosine_from == "warmup" else 0
+    done = min(1, (step - start) / max(1, end - start))
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
