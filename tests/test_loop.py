@@ -3,15 +3,17 @@ import math
 import os
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
 
 from eval import imagenet
-from train import classification
+from train import classification, loop
 from train.classification import mixed_cross_entropy
 from train.config import resolve
 from train.run_folder import save_atomically
+from train.state import TrainingState
 from training import ROOT, TINY, assert_same, checkpoint, rows, tiny, train
 
 
@@ -65,6 +67,27 @@ def test_resume_refuses_another_configuration(tmp_path):
         train(tiny(out=out, epochs=1))
     with pytest.raises(FileNotFoundError, match="no last.pt"):
         train(tiny(), resume=str(tmp_path / "absent"))
+
+
+def test_the_average_moves_with_every_step(tmp_path, monkeypatch):
+    states, make = [], TrainingState.checkpoint
+    monkeypatch.setattr(TrainingState, "checkpoint", lambda *args: states.append(deepcopy(make(*args))) or states[-1])
+    train(tiny(out=str(tmp_path / "run"), limit=8, epochs=2, ema=0.9, warmup_epochs=0))  # one step an epoch
+    first, second = states
+    for name, average in second["ema"].items():
+        expected = 0.9 * first["ema"][name] + 0.1 * second["model"][name]
+        assert torch.allclose(average, expected, atol=1e-6), name
+    assert not torch.equal(second["ema"]["head.weight"], second["model"]["head.weight"])
+
+
+def test_steps_are_made_at_the_scheduled_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "learning_rate", lambda step, *_: 0.0 if step < 3 else 1e-3)
+    train(tiny(out=str(tmp_path / "still"), epochs=1))
+    config = tiny(out=str(tmp_path / "moved"), epochs=2)
+    train(config)
+    start = TrainingState(config, 1, torch.device("cpu")).model.state_dict()
+    assert_same(dict(start), dict(checkpoint(tmp_path / "still")["model"]))
+    assert not torch.equal(start["head.weight"], checkpoint(tmp_path / "moved")["model"]["head.weight"])
 
 
 def test_a_run_without_the_younger_keys_goes_on(tmp_path):
