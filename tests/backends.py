@@ -5,6 +5,8 @@ import os
 
 import torch
 
+from interpreter import watched
+
 BACKENDS = ("cpu", "triton") if importlib.util.find_spec("triton") else ("cpu",)
 
 
@@ -16,7 +18,8 @@ def backend(name):
         os.environ["TRITON_INTERPRET"] = "1"
     torch.use_deterministic_algorithms(True)  # also fills what torch.empty returns with NaN
     try:
-        yield torch.device("cuda" if name == "triton" and torch.cuda.is_available() else "cpu")
+        with watched() if interpret else contextlib.nullcontext():
+            yield torch.device("cuda" if name == "triton" and torch.cuda.is_available() else "cpu")
     finally:
         torch.use_deterministic_algorithms(False)
         if interpret:

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 if importlib.util.find_spec("triton"):
     import kernels.aggregation
-    import kernels.generator  # noqa: F401
+    import kernels.convolution  # noqa: F401
 os.environ.pop("TRITON_INTERPRET", None)
 
 # Test processes share the cores, and so do the processes that they start.

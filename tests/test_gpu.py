@@ -1,7 +1,7 @@
 """What only a GPU can show: the kernels at real sizes and dtypes. Skipped where there is none (the rest of the suite runs there too)."""
 import pytest
 import torch
-from test_generator import expected, ours, problem
+from test_hadamard import expected, ours, problem
 
 from kernels import elsa_attention, elsa_attention_reference, tuning
 from models import create_model

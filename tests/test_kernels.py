@@ -104,8 +104,8 @@ def test_cpu_equals_reference(problem):
 
 
 @pytest.mark.parametrize("filters", ("static", "per-sample"))
-def test_cpu_in_pieces_of_the_batch(filters, monkeypatch):
-    monkeypatch.setattr(cpu, "PIECE", 2 * 5 * 6 * 6)  # two samples
+def test_cpu_in_chunks_of_the_batch(filters, monkeypatch):
+    monkeypatch.setattr(cpu, "CHUNK", 2 * 5 * 6 * 6)  # two samples
     Case(B=5, mul=filters, add=filters).check()
 
 

@@ -72,8 +72,8 @@ def test_kernels_at_the_published_size_of_window_and_in_every_dtype(dtype):
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 def test_several_tiles_and_chunks(monkeypatch):
-    from kernels import generator
-    monkeypatch.setattr(generator, "CHUNK", 128)  # a multiple of every tile
+    from kernels import convolution
+    monkeypatch.setattr(convolution, "SPLIT_SIZE", 128)  # a multiple of every tile
     compare(problem(2, 2, 23, 11, 5, 4, 3), 1.0, 1, "triton", 1e-4)
 
 
