@@ -4,7 +4,6 @@ import importlib.util
 import os
 
 import torch
-
 from interpreter import watched
 
 BACKENDS = ("cpu", "triton") if importlib.util.find_spec("triton") else ("cpu",)
@@ -12,7 +11,10 @@ BACKENDS = ("cpu", "triton") if importlib.util.find_spec("triton") else ("cpu",)
 
 @contextlib.contextmanager
 def backend(name):
-    """The device to test on. CPU tensors take the interpreted Triton kernels inside "triton"; every output starts as NaN."""
+    """The device to test on; every output starts as NaN.
+
+    Inside "triton", where there is no GPU, CPU tensors take the interpreted Triton kernels, which are watched.
+    """
     interpret = name == "triton" and not torch.cuda.is_available()
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"

@@ -1,7 +1,8 @@
-"""Where the Triton kernels run: on the GPU if there is one, else in Triton's interpreter; and how many threads a test has.
+"""Where the Triton kernels run, on the GPU if there is one, else in Triton's interpreter; and the number of threads.
 
-Triton decides when the kernels are decorated, so the variable is set around the import, and only there: each test chooses
-afterwards whether its CPU tensors go through the CPU path or through the interpreted kernels, see backends.backend.
+Triton decides when the kernels are decorated, so the variable is set around the import of all of them, and only there:
+each test chooses afterwards whether its CPU tensors go through the CPU path or through the interpreted kernels, see
+backends.backend.
 """
 import importlib.util
 import os

@@ -9,8 +9,8 @@ SAME_FOR_ALL_SAMPLES = ("p_weight", "p_bias")
 def watched():
     """In this block a kernel fails that reads or writes outside its tensors, or takes a sample's distance in 32 bits.
 
-    A tensor reaches from its first element to its last. The distance of a sample is the first thing that a kernel adds to
-    a pointer: the product of its index with a stride passes 2**31 in large batches.
+    A tensor reaches from its first element to its last. The distance of a sample is the first thing that a kernel adds
+    to a pointer: the product of its index with a stride passes 2**31 in large batches.
     """
     from triton.runtime import interpreter
 
@@ -67,7 +67,8 @@ def watched():
         check(pointers, mask)
         return store(pointers, value, mask, *rest)
 
-    patched = dict(create_addptr=add, create_splat=spread, create_masked_load=checked_load, create_masked_store=checked_store)
+    patched = dict(create_addptr=add, create_splat=spread, create_masked_load=checked_load,
+                   create_masked_store=checked_store)
     with contextlib.ExitStack() as stack:
         for name, function in patched.items():
             stack.enter_context(mock.patch.object(builder, name, function))
