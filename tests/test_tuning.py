@@ -131,6 +131,7 @@ def aggregation_keys(keys, B, dtype, kernel_size, dilation, stride, heads, width
     """The same number of output pixels whatever the stride."""
     from kernels import aggregation
 
+    keys.clear()
     with backend("triton") as device:
         zeros = lambda *shape: torch.zeros(shape, device=device, dtype=dtype)
         C = heads * width
@@ -146,6 +147,7 @@ def aggregation_keys(keys, B, dtype, kernel_size, dilation, stride, heads, width
 def hadamard_keys(keys, B, dtype, kernel_size, dilation, width, groups, side):
     from kernels import convolution
 
+    keys.clear()
     with backend("triton") as device:
         zeros = lambda *shape: torch.zeros(shape, device=device, dtype=dtype)
         Q = groups * width
@@ -162,8 +164,8 @@ def hadamard_keys(keys, B, dtype, kernel_size, dilation, width, groups, side):
 def test_aggregations_that_differ_in_one_thing_have_keys_of_their_own(change, keys):
     base = AGGREGATION | (dict(heads=1, mul=False) if "attention" in change else {})
     one, other = aggregation_keys(keys, **base), aggregation_keys(keys, **base | change)
-    assert one.keys() == other.keys() == {"forward", "dv", "dlogits", "dghost"}
-    assert all(one[kernel] != other[kernel] for kernel in one)
+    assert one.keys() == {"forward", "dv", "dlogits", "dghost"} and one.keys() - other.keys() <= {"dlogits"}
+    assert all(one[kernel] != other[kernel] for kernel in other)
 
 
 @pytest.mark.parametrize("change", [dict(dtype=torch.bfloat16), dict(kernel_size=5), dict(dilation=2),
