@@ -26,6 +26,7 @@ One letter means one thing in all files (argument names of the public functions 
     h               q * k                                u, z         before and after GELU
     p; s            pixel of a strip or tile; strip      d.., go      gradient of ..; of out
     n; w            groups in a block; their width       o_jc         distance of the channels of a row's neighbours
+    x               in launchers also any tensor         x1, x2       factors of the product that pad_kernel makes
 
     STRIP      neighbouring pixels of a row that share what they load     BLOCK_S    strips of a program
     HEAD_DIM   channels of a head, padded to BLOCK_D                      BLOCK_P    pixels of a program

@@ -35,7 +35,7 @@ SHAPES = {
 POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 LOADS = (128, 64, 32, 16)  # bits
 COLUMNS = {  # of the table: widths
-    "shape": 15, "kernel": 15, "configuration": 50, "registers": 9, "spilled": 7, "shared": 6, "occupancy": 9,
+    "shape": 15, "kernel": 15, "configuration": 58, "registers": 9, "spilled": 7, "shared": 6, "occupancy": 9,
     "loads": 11, "mma": 3, "per tap": 7,
 }
 

@@ -132,6 +132,20 @@ def test_what_lies_beside_the_channels_in_memory_is_not_read():
             assert torch.equal(alone, beside)
 
 
+@on_triton
+def test_nan_stays_in_its_block_of_channels():
+    """Three groups of five leave one channel of a block of sixteen; in memory that is the first of the next block."""
+    projection, parameters, grad = problem(5, groups=6, width=5)
+    with backend("triton") as device:
+        clean = ours(*problem(5, groups=6, width=5), 1.0, 1, device)
+        projection[0, 1, 1, 15], grad[0, 1, 1, 15] = float("nan"), float("nan")
+        z, dprojection, dweight, dbias = ours(projection, parameters, grad, 1.0, 1, device)
+    assert z[..., 15:20].isnan().any()
+    for dirty, right in ((z[..., :15], clean[0][..., :15]), (dprojection[..., :15], clean[1][..., :15]),
+                         (dweight[:15], clean[2][:15]), (dbias[:15], clean[3][:15])):
+        assert torch.equal(dirty, right)
+
+
 @pytest.mark.parametrize("change, words", [
     (dict(q=(1, 4, 5, 8)), "q, k: got shapes"), (dict(weight=(12, 5, 3, 3)), "a width that divides 12"),
     (dict(weight=(12, 4, 2, 2)), "an odd k"), (dict(weight=(12, 4, 3, 5)), "weight: got shape"),
