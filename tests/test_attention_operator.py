@@ -103,6 +103,13 @@ def test_autocast_casts_v_and_logits_and_keeps_the_filters(name):
                 assert (out.double() - want).abs().max() <= 2 ** -6 * want.abs().max()
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_autocast_leaves_float64_alone(name):
+    with backend(name) as device, torch.autocast(device.type, torch.bfloat16):
+        case = Case(dtype=torch.float64, device=device)
+        assert elsa_attention(*case.tensors.values(), **case.options).dtype == torch.float64
+
+
 def test_double_backward_is_refused():
     case = Case(dtype=torch.float64)
     v, logits, _, add = (None if x is None else x.requires_grad_() for x in case.tensors.values())
