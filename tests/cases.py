@@ -31,6 +31,10 @@ class Case:
             logits = logits.contiguous(memory_format=torch.channels_last)
         elif logits_layout == "cropped":  # rows do not follow each other: a copy is due
             logits = draw(B, heads * K, Ho + 1, Wo + 2)[:, :, :Ho, :Wo]
+        elif logits_layout == "slice of a projection":
+            logits = draw(B, Ho, Wo, heads * K + 5)[..., 3:3 + heads * K].permute(0, 3, 1, 2)
+        elif logits_layout == "expanded":  # its gradient is not
+            logits = draw(B, 1, Ho, Wo).expand(B, heads * K, Ho, Wo)
         filters = {
             None: lambda: None,
             "static": lambda: draw(C, kernel_size, kernel_size),

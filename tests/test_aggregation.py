@@ -30,6 +30,7 @@ def test_triton_equals_reference(problem):
     dict(B=2, heads=1, stride=2), dict(H=7, W=7, heads=1, stride=2, dilation=3), dict(dilation=2, mul="static"),
     dict(dtype=torch.float32, logits_layout="nhwc"), dict(logits_layout="cropped"), dict(v_layout="nchw"),
     dict(B=2, heads=1, v_layout="slice of a projection", logits_layout="nhwc"),
+    dict(B=2, heads=1, logits_layout="slice of a projection"), dict(heads=2, logits_layout="expanded"),
     dict(B=2, heads=1, mul="per-sample", add="per-sample", normalize=False, dtype=torch.float32),
     dict(B=2, heads=1, mul="per-sample", add=None, stride=2), dict(B=2, heads=1, attention=False, add="per-sample"),
     dict(mul="static", lam=2, gamma=-0.5), dict(heads=1, kernel_size=5, dtype=torch.bfloat16, mul="static")], ids=str)
