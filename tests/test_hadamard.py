@@ -110,12 +110,15 @@ def test_a_layer_is_the_same_on_both_paths():
 
 
 @on_triton
-def test_what_lies_beside_the_channels_in_memory_is_not_read():
+@pytest.mark.parametrize("layout", ("surrounded by NaN", "channels first"))
+def test_what_lies_beside_the_channels_in_memory_is_not_read(layout):
     """A block of channels reaches past the last group. NaN there must not come through, not even times zero."""
     projection, parameters, grad = problem(4, groups=3)
     Q = 12
 
-    def surrounded(x):
+    def elsewhere(x):
+        if layout == "channels first":
+            return x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         wide = torch.full((*x.shape[:3], Q + 7), float("nan"), device=x.device)
         wide[..., 3:3 + Q] = x
         return wide[..., 3:3 + Q]
@@ -128,7 +131,7 @@ def test_what_lies_beside_the_channels_in_memory_is_not_read():
         return z, *torch.autograd.grad(z, leaves, place(grad.to(device)))
 
     with backend("triton") as device:
-        for alone, beside in zip(run(torch.clone), run(surrounded)):
+        for alone, beside in zip(run(torch.clone), run(elsewhere)):
             assert torch.equal(alone, beside)
 
 
