@@ -27,6 +27,7 @@ def test_triton_equals_reference(problem):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("problem", [
+    dict(heads=1, stride=2, dtype=torch.float32), dict(heads=1, dilation=2, dtype=torch.float32),
     dict(B=2, heads=1, stride=2), dict(H=7, W=7, heads=1, stride=2, dilation=3), dict(dilation=2, mul="static"),
     dict(dtype=torch.float32, logits_layout="nhwc"), dict(logits_layout="cropped"), dict(v_layout="nchw"),
     dict(B=2, heads=1, v_layout="slice of a projection", logits_layout="nhwc"),
