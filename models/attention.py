@@ -1,18 +1,18 @@
-"""Local attention and its counterparts, all (B, H, W, C) -> (B, H, W, C): what `attn` chooses between, in Swin and in VOLO.
+"""Local attention and its counterparts, all (B, H, W, C) -> (B, H, W, C): what `attn` chooses, in Swin and in VOLO.
 
-The ones made here share a frame with ELSA: a linear projection to values, weights for the k x k neighbours of every pixel, a linear
-projection of the weighted sum. They differ in where the weights come from:
+The ones made here share a frame with ELSA: a linear projection to values, weights for the k x k neighbours of every
+pixel, a linear projection of the weighted sum. They differ in where the weights come from:
 
-                        one set for          the weights come from
-    window              a head, a pixel      q . k plus a bias, inside fixed windows (Swin: arXiv 2103.14030)
-    neighborhood        a head, a pixel      q . k plus a bias, in a window around the pixel (arXiv 1906.05909, 1904.11491)
-    outlook             a head, 2 x 2        the pixels alone, by one linear layer (VOLO: arXiv 2106.13112)
-    dwconv              a channel            nothing: they are learnt, and the same everywhere (arXiv 2106.04263)
-    ddf, ddf_add        a channel, a pixel   the product, or the sum, of a filter a pixel and a filter a channel (arXiv 2104.14107)
-    elsa                a channel, a pixel   a convolution of q * k, and learnt ghost filters (arXiv 2112.12786; models/elsa.py)
+                    one set for          the weights come from
+    window          a head, a pixel      q . k plus a bias, inside fixed windows (Swin: arXiv 2103.14030)
+    neighborhood    a head, a pixel      q . k plus a bias, in a window around the pixel (arXiv 1906.05909, 1904.11491)
+    outlook         a head, 2 x 2        the pixels alone, by one linear layer (VOLO: arXiv 2106.13112)
+    dwconv          a channel            nothing: they are learnt, and the same everywhere (arXiv 2106.04263)
+    ddf, ddf_add    a channel, a pixel   product, or sum, of a filter a pixel and a filter a channel (arXiv 2104.14107)
+    elsa            a channel, a pixel   convolution of q * k, and learnt ghost filters (arXiv 2112.12786; elsa.py)
 
-and, of ELSA, without one of its parts: elsa_no_hadamard (q instead of q * k), elsa_no_softmax, elsa_no_ghost_mul (lam = 0),
-elsa_no_ghost_add (gamma = 0).
+and, of ELSA, without one of its parts: elsa_no_hadamard (q instead of q * k), elsa_no_softmax, elsa_no_ghost_mul
+(lam = 0), elsa_no_ghost_add (gamma = 0).
 """
 import torch
 import torch.nn as nn
@@ -21,15 +21,20 @@ import torch.nn.functional as F
 from kernels import elsa_attention
 from models.elsa import ELSA
 
-WITHOUT = {"elsa_no_hadamard": dict(hadamard=False), "elsa_no_softmax": dict(softmax=False), "elsa_no_ghost_mul": dict(lam=0),
-           "elsa_no_ghost_add": dict(gamma=0)}
-ATTENTIONS = ("window", "elsa", "outlook", "neighborhood", "dwconv", "ddf", "ddf_add", *WITHOUT)
+ABLATIONS = {
+    "elsa_no_hadamard": dict(hadamard=False),
+    "elsa_no_softmax": dict(softmax=False),
+    "elsa_no_ghost_mul": dict(lam=0),
+    "elsa_no_ghost_add": dict(gamma=0),
+}
+ATTENTIONS = ("window", "elsa", "outlook", "neighborhood", "dwconv", "ddf", "ddf_add", *ABLATIONS)
 
 
 def local_attention(attn, dim, num_heads, *, kernel_size, window, elsa):
     """The layer that `attn`, one of ATTENTIONS, names.
 
-    kernel_size: side of the neighbourhood, of all but window and outlook. window: arguments of WindowAttention; elsa: of ELSA.
+    kernel_size: side of the neighbourhood, of all but window and outlook. window: arguments of WindowAttention; elsa:
+    of ELSA.
     """
     if attn == "window":
         return WindowAttention(dim, num_heads, **window)
@@ -41,28 +46,30 @@ def local_attention(attn, dim, num_heads, *, kernel_size, window, elsa):
         return DepthwiseConvolution(dim, kernel_size)
     if attn in ("ddf", "ddf_add"):
         return DecoupledDynamicFilter(dim, num_heads, kernel_size, combine="add" if attn == "ddf_add" else "mul")
-    return ELSA(dim, num_heads, kernel_size=kernel_size, **{**elsa, **WITHOUT.get(attn, {})})
+    return ELSA(dim, num_heads, kernel_size=kernel_size, **{**elsa, **ABLATIONS.get(attn, {})})
 
 
 class WindowAttention(nn.Module):
     """Self-attention inside windows, cyclically shifted by `shift` pixels, with a relative position bias.
 
-    Maps are padded right and bottom with zeros to whole windows; the padding is attended to, as published. An axis that fits
-    into one window is not shifted, unless always_shift. Shapes: (B, H, W, C) -> (B, H, W, C).
+    Maps are padded right and bottom with zeros to whole windows; the padding is attended to, as published. An axis
+    that fits into one window is not shifted, unless always_shift. Shapes: (B, H, W, C) -> (B, H, W, C).
     """
 
     def __init__(self, dim, num_heads, window_size, shift, always_shift=False):
         super().__init__()
         _check_heads(dim, num_heads)
-        self.num_heads, self.window_size, self.shift, self.always_shift = num_heads, window_size, shift, always_shift
+        self.num_heads, self.window_size = num_heads, window_size
+        self.shift, self.always_shift = shift, always_shift
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         offsets = 2 * window_size - 1  # of query minus key, along one axis
-        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(torch.empty(offsets ** 2, num_heads), std=0.02))
+        self.relative_position_bias_table = _bias_table(offsets ** 2, num_heads)
         y, x = torch.meshgrid(torch.arange(window_size), torch.arange(window_size), indexing="ij")
-        position = (y * offsets + x).flatten()  # (N,)
-        centre = offsets ** 2 // 2  # the entry of offset (0, 0)
-        self.register_buffer("relative_position_index", position[:, None] - position + centre, persistent=False)  # (N, N)
+        positions = (y * offsets + x).flatten()  # (N,)
+        center = offsets ** 2 // 2  # the entry of offset (0, 0)
+        index = positions[:, None] - positions + center  # (N, N), queries x keys
+        self.register_buffer("relative_position_index", index, persistent=False)
 
     def forward(self, x):
         B, H, W, C = x.shape
@@ -75,7 +82,8 @@ class WindowAttention(nn.Module):
 
         qkv = self.qkv(x).reshape(B, rows, w, columns, w, 3, G, C // G)
         # Windows join the heads: one bias for all images is then broadcast over the batch instead of copied.
-        q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, B, rows * columns * G, w * w, C // G)  # (B, windows * G, N, D)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, B, rows * columns * G, w * w, C // G)
+        q, k, v = qkv  # (B, windows * G, N, D)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (G, N, N)
         if any(shifts):
             bias = bias + self.shift_mask(rows, columns, shifts, x.device)[:, None]  # (windows, G, N, N)
@@ -83,25 +91,31 @@ class WindowAttention(nn.Module):
             bias = bias.expand(rows * columns, -1, -1, -1)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)[None].to(q.dtype))
 
-        x = x.reshape(B, rows, columns, G, w, w, C // G).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, rows * w, columns * w, C)
+        x = x.reshape(B, rows, columns, G, w, w, C // G).permute(0, 1, 4, 2, 5, 3, 6)  # (B, rows, w, columns, w, G, D)
+        x = x.reshape(B, rows * w, columns * w, C)
         if any(shifts):
             x = x.roll(shifts, (1, 2))
         return self.proj(x[:, :H, :W])
 
     def shift_mask(self, rows, columns, shifts, device):
-        """-100 where the shift brought query and key from opposite edges of the map into one window, else 0: (windows, N, N)."""
+        """(windows, N, N): -100 where the shift brought query and key from opposite edges into one window, else 0."""
         w = self.window_size
-        y, x = ((torch.arange(n * w, device=device) >= n * w - shift).reshape(n, w) for n, shift in zip((rows, columns), shifts))
-        edge = (2 * y[:, None, :, None] + x[None, :, None]).reshape(rows * columns, w * w)  # came round the edge in y, in x: (windows, N)
-        return (edge[:, None] != edge[:, :, None]) * -100.0
+        wrapped = []
+        for count, shift in zip((rows, columns), shifts):
+            positions = torch.arange(count * w, device=device)
+            wrapped.append((positions >= count * w - shift).reshape(count, w))  # came round the edge
+        y, x = wrapped
+        region = (2 * y[:, None, :, None] + x[None, :, None]).reshape(rows * columns, w * w)  # (windows, N)
+        return (region[:, None] != region[:, :, None]) * -100.0
 
 
 class OutlookAttention(nn.Module):
-    """Attention weights straight from the centre of a window, for all pairs of pixels in it: (B, H, W, C) -> (B, H, W, C).
+    """Attention weights straight from the centre of a window, for all pairs of pixels in it.
 
-    3 x 3 windows lie around every second pixel of every second row. The mean of the 2 x 2 pixels there gives, by one linear layer,
-    9 x 9 weights a head: how much of each pixel of the window goes to each. A pixel of an odd row or column lies in several windows
-    and adds up what they send it. Source: arXiv 2106.13112, section 3.1.
+    3 x 3 windows lie around every second pixel of every second row. The mean of the 2 x 2 pixels there gives, by one
+    linear layer, 9 x 9 weights a head: how much of each pixel of the window goes to each. A pixel of an odd row or
+    column lies in several windows and adds up what they send it. Shapes: (B, H, W, C) -> (B, H, W, C).
+    Source: arXiv 2106.13112, section 3.1.
     """
 
     def __init__(self, dim, num_heads):
@@ -115,37 +129,37 @@ class OutlookAttention(nn.Module):
     def forward(self, x):
         B, H, W, C = x.shape
         G = self.num_heads
-        centres = F.avg_pool2d(x.permute(0, 3, 1, 2), 2, ceil_mode=True).permute(0, 2, 3, 1)  # (B, h, w, C)
-        h, w = centres.shape[1:3]
-        a = (self.attn(centres) * (C // G) ** -0.5).view(B, h, w, G, 9, 9).softmax(-1)
+        centers = F.avg_pool2d(x.permute(0, 3, 1, 2), 2, ceil_mode=True).permute(0, 2, 3, 1)  # (B, h, w, C)
+        h, w = centers.shape[1:3]
+        weights = (self.attn(centers) * (C // G) ** -0.5).view(B, h, w, G, 9, 9).softmax(-1)
 
         v = F.pad(self.v(x), (0, 0, 0, W % 2, 0, H % 2)).view(B, h, 2, w, 2, G, C // G)
-        v = self.windows(self.windows(v, 1), 3).permute(0, 1, 3, 5, 2, 4, 6)  # (B, h, w, G, 3, 3, D)
-        y = (a @ v.flatten(4, 5)).view_as(v)
-        y = self.overlap(*y.unbind(4), dim=1)  # (B, 2h, w, G, 3, D)
-        y = self.overlap(*y.unbind(4), dim=2)  # (B, 2h, 2w, G, D)
-        return self.proj(y.flatten(3)[:, :H, :W])
+        v = self.unfold(self.unfold(v, 1), 3).permute(0, 1, 3, 5, 2, 4, 6)  # (B, h, w, G, 3, 3, D)
+        out = (weights @ v.flatten(4, 5)).view_as(v)
+        out = self.fold(*out.unbind(4), dim=1)  # (B, 2h, w, G, 3, D)
+        out = self.fold(*out.unbind(4), dim=2)  # (B, 2h, 2w, G, D)
+        return self.proj(out.flatten(3)[:, :H, :W])
 
     @staticmethod
-    def windows(v, dim):
+    def unfold(v, dim):
         """Pairs of pixels 2i, 2i + 1 along `dim` and `dim` + 1 -> triples 2i - 1, 2i, 2i + 1; pixel -1 is zero."""
         odd = v.narrow(dim + 1, 1, 1)
-        before = torch.cat([torch.zeros_like(odd.narrow(dim, 0, 1)), odd.narrow(dim, 0, odd.shape[dim] - 1)], dim)
-        return torch.cat([before, v], dim + 1)
+        before = [torch.zeros_like(odd.narrow(dim, 0, 1)), odd.narrow(dim, 0, odd.shape[dim] - 1)]
+        return torch.cat([torch.cat(before, dim), v], dim + 1)
 
     @staticmethod
-    def overlap(before, centre, after, dim):
+    def fold(before, center, after, dim):
         """The reverse, adding where windows meet: what triples i send to 2i - 1, 2i, 2i + 1 -> pixels along `dim`."""
         n = before.shape[dim]
-        odd = torch.cat([before.narrow(dim, 1, n - 1), torch.zeros_like(before.narrow(dim, 0, 1))], dim) + after
-        return torch.stack([centre, odd], dim + 1).flatten(dim, dim + 1)
+        from_next = torch.cat([before.narrow(dim, 1, n - 1), torch.zeros_like(before.narrow(dim, 0, 1))], dim)
+        return torch.stack([center, from_next + after], dim + 1).flatten(dim, dim + 1)
 
 
 class NeighborhoodAttention(nn.Module):
     """Self-attention of every pixel to the k x k pixels around it, with a relative position bias.
 
-    At the borders the window is cut: pixels outside of the image have no share, and the others share what is left. (NATTEN moves the
-    window inside instead.) Sources: arXiv 1906.05909, 1904.11491.
+    At the borders the window is cut: the softmax is over the pixels inside the image. (NATTEN moves the window inside
+    instead.) Shapes: (B, H, W, C) -> (B, H, W, C). Sources: arXiv 1906.05909, 1904.11491.
     """
 
     def __init__(self, dim, num_heads, kernel_size):
@@ -154,35 +168,43 @@ class NeighborhoodAttention(nn.Module):
         self.num_heads, self.kernel_size = num_heads, kernel_size
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_heads, kernel_size ** 2), std=0.02))
+        self.relative_position_bias_table = _bias_table(num_heads, kernel_size ** 2)
 
     def forward(self, x):
         B, H, W, C = x.shape
         G, k = self.num_heads, self.kernel_size
         q, keys, v = self.qkv(x).split(C, -1)
         q = (q * (C // G) ** -0.5).unflatten(-1, (G, -1))  # (B, H, W, G, D)
-        padded = F.pad(keys, (0, 0, k // 2, k // 2, k // 2, k // 2)).unflatten(-1, (G, -1))
-        logits = [(q * padded[:, i:i + H, j:j + W]).sum(-1) for i in range(k) for j in range(k)]  # K times (B, H, W, G)
-        logits = torch.stack(logits, 1).permute(0, 4, 1, 2, 3) + self.relative_position_bias_table[..., None, None].to(x.dtype)  # (B, G, K, H, W)
+        keys = F.pad(keys, (0, 0, k // 2, k // 2, k // 2, k // 2)).unflatten(-1, (G, -1))
+        logits = [(q * keys[:, i:i + H, j:j + W]).sum(-1) for i in range(k) for j in range(k)]  # K times (B, H, W, G)
+        bias = self.relative_position_bias_table[..., None, None].to(x.dtype)
+        logits = torch.stack(logits, 1).permute(0, 4, 1, 2, 3) + bias  # (B, G, K, H, W)
         logits = logits.masked_fill(self.outside(H, W, x.device), float("-inf")).flatten(1, 2)
         return self.proj(elsa_attention(v, logits, kernel_size=k))
 
     def outside(self, H, W, device):
         """Which taps leave the image: (K, H, W) bool."""
-        k = self.kernel_size
-        rows, columns = ((torch.arange(n, device=device) + torch.arange(k, device=device)[:, None] - k // 2) for n in (H, W))  # (k, n)
-        out = [(at < 0) | (at >= n) for at, n in ((rows, H), (columns, W))]
-        return (out[0][:, None, :, None] | out[1][None, :, None, :]).flatten(0, 1)
+        k, outside = self.kernel_size, []
+        for size in (H, W):
+            taps = torch.arange(k, device=device)[:, None] - k // 2
+            positions = torch.arange(size, device=device) + taps  # (k, size)
+            outside.append((positions < 0) | (positions >= size))
+        rows, columns = outside
+        return (rows[:, None, :, None] | columns[None, :, None, :]).flatten(0, 1)
 
 
 class DepthwiseConvolution(nn.Module):
-    """One learnt k x k filter a channel, between two linear layers. Source: arXiv 2106.04263."""
+    """One learnt k x k filter a channel, between two linear layers: (B, H, W, C) -> (B, H, W, C).
+
+    Source: arXiv 2106.04263.
+    """
 
     def __init__(self, dim, kernel_size):
         super().__init__()
         self.kernel_size = kernel_size
         self.v = nn.Linear(dim, dim)
-        self.filter = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(dim, 1, kernel_size, kernel_size), a=5 ** 0.5)[:, 0])  # as nn.Conv2d
+        weight = nn.init.kaiming_uniform_(torch.empty(dim, 1, kernel_size, kernel_size), a=5 ** 0.5)  # as nn.Conv2d
+        self.filter = nn.Parameter(weight[:, 0])
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
@@ -192,8 +214,9 @@ class DepthwiseConvolution(nn.Module):
 class DecoupledDynamicFilter(nn.Module):
     """Filters of two parts that depend on the input: one a pixel and head, one a channel, combined by "mul" or "add".
 
-    The pixels' part is a linear layer; the channels' part two, with a fifth of the width between, of the mean pixel. Both are
-    normalised over their k x k taps, to a learnt standard deviation the latter. Source: arXiv 2104.14107, sections 3.2 and 3.3.
+    The pixels' part is a linear layer; the channels' part two, with a fifth of the width between, of the mean pixel.
+    Both are normalised over their k x k taps, to a learnt standard deviation the latter.
+    Shapes: (B, H, W, C) -> (B, H, W, C). Source: arXiv 2104.14107, sections 3.2 and 3.3.
     """
 
     def __init__(self, dim, num_heads, kernel_size, combine):
@@ -201,26 +224,33 @@ class DecoupledDynamicFilter(nn.Module):
         _check_heads(dim, num_heads)
         self.num_heads, self.kernel_size, self.combine = num_heads, kernel_size, combine
         self.scale = 2 ** 0.5 / kernel_size  # of a normalised filter, as published
+        hidden = max(1, dim // 5)
         self.v = nn.Linear(dim, dim)
         self.spatial = nn.Linear(dim, num_heads * kernel_size ** 2)
-        self.channel = nn.Sequential(nn.Linear(dim, max(1, dim // 5)), nn.ReLU(), nn.Linear(max(1, dim // 5), dim * kernel_size ** 2))
+        self.channel = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim * kernel_size ** 2))
         self.deviation = nn.Parameter(self.scale * torch.randn(dim, kernel_size ** 2))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        B, H, W, C = x.shape
-        G, k = self.num_heads, self.kernel_size
+        C, G, k = x.shape[3], self.num_heads, self.kernel_size
         spatial = self.spatial(x).permute(0, 3, 1, 2).unflatten(1, (G, k * k))  # (B, G, K, H, W)
         spatial = self.normalised(spatial, 2) * self.scale
-        channel = self.normalised(self.channel(x.mean((1, 2))).unflatten(1, (C, k * k)), 2) * self.deviation  # (B, C, K)
-        filters = {"ghost_mul" if self.combine == "mul" else "ghost_add": channel.unflatten(2, (k, k)).to(x.dtype)}
+        channel = self.channel(x.mean((1, 2))).unflatten(1, (C, k * k))  # (B, C, K)
+        channel = self.normalised(channel, 2) * self.deviation
+        ghost = "ghost_mul" if self.combine == "mul" else "ghost_add"
+        filters = {ghost: channel.unflatten(2, (k, k)).to(x.dtype)}
         v = self.v(x)
-        return self.proj(elsa_attention(v, spatial.flatten(1, 2).to(v.dtype), **filters, kernel_size=k, normalize=False))
+        logits = spatial.flatten(1, 2).to(v.dtype)
+        return self.proj(elsa_attention(v, logits, **filters, kernel_size=k, normalize=False))
 
     @staticmethod
     def normalised(filters, dim):
         filters = filters - filters.mean(dim, keepdim=True)
         return filters / (filters.std(dim, keepdim=True) + 1e-6)
+
+
+def _bias_table(*shape):
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02))
 
 
 def _check_heads(dim, num_heads):

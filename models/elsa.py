@@ -15,9 +15,9 @@ from kernels import elsa_attention, hadamard
 class ELSA(nn.Module):
     """Local attention whose logits come from a convolution over the Hadamard product q * k, with ghost filters.
 
-        h      = scale * q * k                                  (B, H, W, Q)    mean over stride x stride when stride > 1
-        logits = conv1x1(GELU(grouped conv kxk(h)))             G * K channels, head-major, then tap row-major
-        f      = softmax(logits) * mul**lam + gamma * add       mul, add: the ghost filters, (C, k, k) each
+        h      = scale * q * k                              (B, H, W, Q), mean over stride x stride when stride > 1
+        logits = conv1x1(GELU(grouped conv kxk(h)))         G * K channels, head-major, then tap row-major
+        f      = softmax(logits) * mul**lam + gamma * add   mul, add: the ghost filters, (C, k, k) each
         out    = Linear(sum over the k x k taps of f * v)
 
     Args:
@@ -33,19 +33,23 @@ class ELSA(nn.Module):
         attn_drop, proj_drop: dropout on the softmax and on the output.
         group_width: channels in a group of the kxk convolution.
         groups: groups of the 1x1 convolution that writes the logits.
-        lam: exponent of the multiplicative ghost filter, a whole number because the filter has negative entries; 0: no such filter.
+        lam: exponent of the multiplicative ghost filter, a whole number because the filter has negative entries; 0: no
+            such filter.
         gamma: factor of the additive ghost filter; 0: no such filter.
-        hadamard, softmax: False leaves this part out, for ablation: h = scale * q, and no projection to k; f from the bare logits.
+        hadamard, softmax: False leaves this part out, for ablation: h = scale * q, and no projection to k; f from the
+            bare logits.
 
     Shapes: x (B, H, W, dim), any floating dtype -> (B, H // stride, W // stride, dim).
     Raises ValueError for an argument or an input that does not fit the above.
     """
 
-    def __init__(self, dim, num_heads, dim_qk=None, dim_v=None, kernel_size=5, stride=1, dilation=1, qkv_bias=False, qk_scale=None,
-                 attn_drop=0.0, proj_drop=0.0, group_width=8, groups=1, lam=1, gamma=1, hadamard=True, softmax=True):
+    def __init__(self, dim, num_heads, dim_qk=None, dim_v=None, kernel_size=5, stride=1, dilation=1, qkv_bias=False,
+                 qk_scale=None, attn_drop=0.0, proj_drop=0.0, group_width=8, groups=1, lam=1, gamma=1, hadamard=True,
+                 softmax=True):
         super().__init__()
-        for name, value in dict(dim=dim, num_heads=num_heads, kernel_size=kernel_size, stride=stride, dilation=dilation,
-                                group_width=group_width, groups=groups).items():
+        sizes = dict(dim=dim, num_heads=num_heads, kernel_size=kernel_size, stride=stride, dilation=dilation,
+                     group_width=group_width, groups=groups)
+        for name, value in sizes.items():
             _check(isinstance(value, int) and value > 0, name, value, "a positive whole number")
         dim_v = dim_v or dim
         dim_qk = math.ceil((dim_qk or dim // 3 * 2) / group_width) * group_width
@@ -55,7 +59,8 @@ class ELSA(nn.Module):
         _check(dim_qk > 0, "dim", dim, "at least 3, or dim_qk given explicitly")
         _check(dim_qk % groups == 0 and num_logits % groups == 0, "groups", groups,
                f"a divisor of dim_qk = {dim_qk} and of num_heads * kernel_size ** 2 = {num_logits}")
-        _check(lam >= 0 and lam == int(lam), "lam", lam, "a whole number >= 0: the multiplicative ghost filter has negative entries")
+        _check(lam >= 0 and lam == int(lam), "lam", lam,
+               "a whole number >= 0: the multiplicative ghost filter has negative entries")
         self.dim, self.dim_qk, self.dim_v, self.num_heads = dim, dim_qk, dim_v, num_heads
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.lam, self.gamma, self.hadamard, self.softmax = lam, gamma, hadamard, softmax
@@ -63,7 +68,8 @@ class ELSA(nn.Module):
 
         self.pre_proj = nn.Conv2d(dim, (1 + hadamard) * dim_qk + dim_v, 1, bias=qkv_bias)
         self.attn = nn.Sequential(
-            nn.Conv2d(dim_qk, dim_qk, kernel_size, padding=kernel_size // 2 * dilation, dilation=dilation, groups=dim_qk // group_width),
+            nn.Conv2d(dim_qk, dim_qk, kernel_size, padding=kernel_size // 2 * dilation, dilation=dilation,
+                      groups=dim_qk // group_width),
             nn.GELU(),
             nn.Conv2d(dim_qk, num_logits, 1, groups=groups))
         ghosts = []
@@ -71,39 +77,45 @@ class ELSA(nn.Module):
             ghosts.append(torch.randn(1, dim_v, kernel_size, kernel_size))
         if gamma:
             ghosts.append(nn.init.trunc_normal_(torch.empty(1, dim_v, kernel_size, kernel_size), std=0.02))
-        # (2, 1, C, k, k): mul, add; with one of them switched off (1, C, k, k)
-        self.ghost_head = nn.Parameter(torch.stack(ghosts) if len(ghosts) == 2 else ghosts[0]) if ghosts else None
+        if len(ghosts) == 2:
+            self.ghost_head = nn.Parameter(torch.stack(ghosts))  # (2, 1, C, k, k): mul, add
+        else:
+            self.ghost_head = nn.Parameter(ghosts[0]) if ghosts else None  # (1, C, k, k)
         self.attn_drop = nn.Dropout(attn_drop)
         self.post_proj = nn.Linear(dim_v, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x):
         if x.ndim != 4 or x.shape[-1] != self.dim:
-            raise ValueError(f"x has shape {tuple(x.shape)}; ELSA expects (B, H, W, {self.dim}): permute channels-first maps first")
+            raise ValueError(f"x has shape {tuple(x.shape)}; ELSA expects (B, H, W, {self.dim}): "
+                             "permute channels-first maps first")
         qkv = F.linear(x, self.pre_proj.weight.flatten(1), self.pre_proj.bias)  # a 1x1 convolution, (B, H, W, 2Q + C)
         *qk, v = qkv.split([self.dim_qk] * (1 + self.hadamard) + [self.dim_v], dim=-1)
         convolution, gelu, _ = self.attn
         if self.hadamard and self.stride == 1:
-            z = hadamard(*qk, convolution.weight, convolution.bias, scale=self.scale, dilation=self.dilation).permute(0, 3, 1, 2)
+            z = hadamard(*qk, convolution.weight, convolution.bias, scale=self.scale, dilation=self.dilation)
+            z = z.permute(0, 3, 1, 2)  # (B, Q, H, W)
         else:
             h = (qk[0] * qk[1] if self.hadamard else qk[0]) * self.scale
             z = gelu(convolution(F.avg_pool2d(h.permute(0, 3, 1, 2), self.stride)))  # (B, Q, Ho, Wo)
         logits = self.logits(z)
 
         dropping = self.training and self.attn_drop.p > 0
-        if dropping:  # dropout stands between the softmax and the aggregation, so the softmax cannot stay inside the operator
+        if dropping:  # between the softmax and the aggregation, so the softmax cannot stay inside the operator
             logits = logits.unflatten(1, (self.num_heads, -1))
             logits = self.attn_drop(logits.softmax(2) if self.softmax else logits).flatten(1, 2)
         mul, add = self.ghost_filters()
-        out = elsa_attention(v, logits, mul, add, kernel_size=self.kernel_size, dilation=self.dilation, stride=self.stride,
-                             lam=self.lam, gamma=self.gamma, normalize=self.softmax and not dropping)  # (B, Ho, Wo, C)
+        out = elsa_attention(
+            v, logits, mul, add, kernel_size=self.kernel_size, dilation=self.dilation, stride=self.stride,
+            lam=self.lam, gamma=self.gamma, normalize=self.softmax and not dropping)  # (B, Ho, Wo, C)
         return self.proj_drop(self.post_proj(out))
 
     def logits(self, z):
-        """(B, Q, Ho, Wo) -> (B, G * K, Ho, Wo), contiguous with groups=1: the kernels read the pixels of one tap side by side.
+        """(B, Q, Ho, Wo) -> (B, G * K, Ho, Wo), contiguous with groups=1.
 
-        A 1x1 convolution would leave the logits in the channels_last memory of z. The matrix product writes either layout at the
-        same cost, but its backward pass makes one weight gradient an image: on maps smaller than a window that costs the most.
+        The kernels read the pixels of one tap side by side, and a 1x1 convolution would leave the logits in the
+        channels_last memory of z. The matrix product writes either layout at the same cost, but its backward pass makes
+        one weight gradient an image: on maps smaller than a window that costs the most.
         """
         projection = self.attn[2]
         if projection.groups > 1:
@@ -111,13 +123,16 @@ class ELSA(nn.Module):
         weight = projection.weight.flatten(1)
         if z.shape[2] * z.shape[3] < self.kernel_size ** 2:
             return F.linear(z.permute(0, 2, 3, 1), weight, projection.bias).permute(0, 3, 1, 2)
-        return torch.baddbmm(projection.bias[:, None], weight.expand(z.shape[0], -1, -1), z.flatten(2)).unflatten(2, z.shape[2:])
+        weight = weight.expand(z.shape[0], -1, -1)  # (B, G * K, Q)
+        return torch.baddbmm(projection.bias[:, None], weight, z.flatten(2)).unflatten(2, z.shape[2:])
 
     def ghost_filters(self):
         """The multiplicative and the additive filter, (C, k, k) each, or None where switched off."""
         if self.lam and self.gamma:
             return self.ghost_head[0, 0], self.ghost_head[1, 0]
-        return self.ghost_head[0] if self.lam else None, self.ghost_head[0] if self.gamma else None
+        mul = self.ghost_head[0] if self.lam else None
+        add = self.ghost_head[0] if self.gamma else None
+        return mul, add
 
 
 def _check(fits, name, value, expected):

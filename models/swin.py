@@ -1,9 +1,9 @@
-"""Swin Transformer, and Swin with enhanced local self-attention (ELSA), or another local attention, in its first three stages.
+"""Swin Transformer, and Swin with enhanced local self-attention (ELSA), or another local attention, in all stages but
+the last.
 
 Sources: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", arXiv 2103.14030;
 Zhou et al., "ELSA: Enhanced Local Self-Attention for Vision Transformer", arXiv 2112.12786, section 4.
 """
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -28,7 +28,10 @@ class MLP(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """While training, drops the residual branch of an image with probability `rate` and divides the kept ones by 1 - rate."""
+    """While training, drops the residual branch of an image with probability `rate`, divides the kept by 1 - rate.
+
+    Source: Huang et al., arXiv 1603.09382; timm calls it DropPath.
+    """
 
     def __init__(self, rate):
         super().__init__()
@@ -37,11 +40,13 @@ class StochasticDepth(nn.Module):
     def forward(self, x):
         if not self.training or not self.rate:
             return x
-        kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * (kept / (1 - self.rate))
+        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * (keep / (1 - self.rate))
 
 
 class Block(nn.Module):
+    """Any attention over pixels and an MLP, each with a residual connection: (B, H, W, C) -> (B, H, W, C)."""
+
     def __init__(self, dim, attn, mlp_ratio, drop_path):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
@@ -50,13 +55,13 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.drop_path = StochasticDepth(drop_path)
 
-    def forward(self, x):  # (B, H, W, C)
+    def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
-    """(B, 3, H, W) -> (B, ceil(H / patch_size), ceil(W / patch_size), dim), zero-padded right and bottom."""
+    """Images (B, 3, H, W) -> (B, ceil(H / patch_size), ceil(W / patch_size), dim), zero-padded right and bottom."""
 
     def __init__(self, patch_size, dim):
         super().__init__()
@@ -82,11 +87,14 @@ class PatchMerging(nn.Module):
         B, H, W, C = x.shape
         Ho, Wo = (H + 1) // 2, (W + 1) // 2
         x = F.pad(x, (0, 0, 0, 2 * Wo - W, 0, 2 * Ho - H)).reshape(B, Ho, 2, Wo, 2, C)
-        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # published order of (row, column): (0, 0), (1, 0), (0, 1), (1, 1)
+        # Published order of (row, column): (0, 0), (1, 0), (0, 1), (1, 1).
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # (B, Ho, Wo, 4C)
         return self.reduction(self.norm(x))
 
 
 class Stage(nn.Module):
+    """Blocks and the down-sampling after them, None in the last stage. Swin.forward_features runs them."""
+
     def __init__(self, blocks, downsample):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -94,7 +102,7 @@ class Stage(nn.Module):
 
 
 class Swin(nn.Module):
-    """Swin Transformer with window attention (attn="window"), or with another local attention in all stages but the last.
+    """Swin Transformer with window attention (attn="window"), or another local attention in all stages but the last.
 
     Args:
         attn: one of models.attention.ATTENTIONS: "window", "elsa", ...
@@ -110,44 +118,49 @@ class Swin(nn.Module):
         always_shift: shift odd blocks along an axis that fits into one window, too, as the published detectors and
             segmenters do (Swin's and ELSA's alike); the published classifiers do not.
 
-    Shapes: images (B, 3, H, W), any H and W -> logits (B, num_classes). Source of all defaults: arXiv 2112.12786, section 4,
-    and its published configuration (k=7, lam=0, gamma=1, scale 1, biases on; windows in the last stage).
+    Shapes: images (B, 3, H, W), any H and W -> logits (B, num_classes).
+    Raises ValueError for arguments that do not fit together and for images of another shape.
+    Source of all defaults: arXiv 2112.12786, section 4, and its published configuration (k=7, lam=0, gamma=1, scale 1,
+    biases on; windows in the last stage).
     """
     attentions = ATTENTIONS
 
-    def __init__(self, attn="window", num_classes=1000, patch_size=4, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
-                 window_size=7, mlp_ratio=4.0, drop_path_rate=0.0, kernel_size=7, group_width=8, lam=0, gamma=1, checkpointing=False,
-                 always_shift=False):
+    def __init__(self, attn="window", num_classes=1000, patch_size=4, embed_dim=96, depths=(2, 2, 6, 2),
+                 num_heads=(3, 6, 12, 24), window_size=7, mlp_ratio=4.0, drop_path_rate=0.0, kernel_size=7,
+                 group_width=8, lam=0, gamma=1, checkpointing=False, always_shift=False):
         super().__init__()
         if len(depths) != len(num_heads):
-            raise ValueError(f"num_heads = {num_heads} and depths = {depths} differ in length; give one entry per stage in each")
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate = {drop_path_rate} is not a rate of stochastic depth; give a number in [0, 1)")
+            raise ValueError(f"num_heads = {num_heads} and depths = {depths} differ in length; "
+                             "give one entry per stage in each")
+        check_drop_path_rate(drop_path_rate)
         self.checkpointing = checkpointing
         self.dims = [embed_dim * 2 ** i for i in range(len(depths))]
-        rates = (drop_path_rate * n / max(1, sum(depths) - 1) for n in range(sum(depths)))
+        drop_path_rates = (drop_path_rate * n / max(1, sum(depths) - 1) for n in range(sum(depths)))
         last = len(depths) - 1
 
-        def attention(i, j):
-            return local_attention(
-                attn if i < last else "window", self.dims[i], num_heads[i], kernel_size=kernel_size,
-                window=dict(window_size=window_size, shift=window_size // 2 if j % 2 else 0, always_shift=always_shift),
+        def block(stage, index):
+            dim = self.dims[stage]
+            shift = window_size // 2 if index % 2 else 0
+            attention = local_attention(
+                attn if stage < last else "window", dim, num_heads[stage], kernel_size=kernel_size,
+                window=dict(window_size=window_size, shift=shift, always_shift=always_shift),
                 elsa=dict(qkv_bias=True, qk_scale=1, group_width=group_width, lam=lam, gamma=gamma))
+            return Block(dim, attention, mlp_ratio, next(drop_path_rates))
 
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
-        self.layers = nn.ModuleList(
-            Stage([Block(dim, attention(i, j), mlp_ratio, next(rates)) for j in range(depths[i])], PatchMerging(dim) if i < last else None)
-            for i, dim in enumerate(self.dims))
+        self.layers = nn.ModuleList()
+        for stage, (dim, depth) in enumerate(zip(self.dims, depths)):
+            blocks = [block(stage, index) for index in range(depth)]
+            self.layers.append(Stage(blocks, PatchMerging(dim) if stage < last else None))
         self.norm = nn.LayerNorm(self.dims[-1])
         self.head = nn.Linear(self.dims[-1], num_classes) if num_classes else nn.Identity()
-        for module in self.modules():  # the convolutions of ELSA and of the patch embedding keep their own initialisation
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear_layers(self)
 
     def forward_features(self, images):
-        """Output of every stage, before down-sampling and not normalised: four (B, C_i, H_i, W_i), strides 4, 8, 16, 32."""
+        """Of every stage what it gives, before down-sampling and not normalised.
+
+        Four (B, C_i, H_i, W_i), strides 4, 8, 16, 32.
+        """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images have shape {tuple(images.shape)}; Swin expects (B, 3, H, W)")
         x = self.patch_embed(images)  # (B, H, W, C)
@@ -166,10 +179,10 @@ class Swin(nn.Module):
 
 
 class Backbone(Swin):
-    """The maps of all stages for detectors and segmenters, each through a layer norm of its own.
+    """Feature maps of all stages for detectors and segmenters, each through a layer norm of its own.
 
-    Arguments as Swin, without a classifier. frozen_stages: the patch embedding and so many stages after it are not trained; 0: all
-    are. Shapes: images (B, 3, H, W) -> four (B, C_i, H_i, W_i), strides 4, 8, 16, 32.
+    Arguments as Swin, without a classifier. frozen_stages: the patch embedding and so many stages after it are not
+    trained; 0: all are. Shapes: images (B, 3, H, W) -> four (B, C_i, H_i, W_i), strides 4, 8, 16, 32.
     """
 
     def __init__(self, frozen_stages=0, **options):
@@ -188,5 +201,22 @@ class Backbone(Swin):
         return self
 
     def forward(self, images):
-        maps = self.forward_features(images)
-        return tuple(getattr(self, f"norm{i}")(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for i, x in enumerate(maps))
+        maps = []
+        for i, x in enumerate(self.forward_features(images)):
+            norm = getattr(self, f"norm{i}")
+            maps.append(norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        return tuple(maps)
+
+
+def check_drop_path_rate(rate):
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate = {rate} is not a rate of stochastic depth; give a number in [0, 1)")
+
+
+def init_linear_layers(model):
+    """Truncated normal weights, zero biases, as published. Convolutions keep their own initialisation."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

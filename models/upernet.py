@@ -1,7 +1,8 @@
 """UPerNet: semantic segmentation on Swin and ELSA-Swin.
 
-Sources: Xiao et al., "Unified Perceptual Parsing for Scene Understanding", arXiv 1807.10221; the published ELSA configurations (arXiv
-2112.12786, section 4, on mmsegmentation 0.11). Parameter names and shapes are the published ones, so that the weights load.
+Sources: Xiao et al., "Unified Perceptual Parsing for Scene Understanding", arXiv 1807.10221; the published ELSA
+configurations (arXiv 2112.12786, section 4, on mmsegmentation 0.11). Parameter names and shapes are the published ones,
+so that the weights load.
 """
 import torch
 import torch.nn as nn
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from models import swin
 
 CONFIGS = {f"upernet_{name}": config for name, config in swin.CONFIGS.items()}
+POOL_SCALES = (1, 2, 3, 6)
 
 
 class ConvBNReLU(nn.Module):
@@ -23,12 +25,16 @@ class ConvBNReLU(nn.Module):
 
 
 class PyramidHead(nn.Module):
-    """Maps of four strides -> logits of the finest: pyramid pooling on the coarsest, then a feature pyramid, then all levels fused."""
+    """Feature maps of four strides, (B, C_i, H_i, W_i) -> logits (B, num_classes, H_0, W_0).
+
+    Pyramid pooling on the coarsest, then a feature pyramid, then all levels fused at the size of the finest.
+    """
 
     def __init__(self, dims, channels, num_classes, dropout):
         super().__init__()
-        self.psp_modules = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(size), ConvBNReLU(dims[-1], channels, 1)) for size in (1, 2, 3, 6))
-        self.bottleneck = ConvBNReLU(dims[-1] + 4 * channels, channels, 3)
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvBNReLU(dims[-1], channels, 1)) for scale in POOL_SCALES)
+        self.bottleneck = ConvBNReLU(dims[-1] + len(POOL_SCALES) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvBNReLU(dim, channels, 1) for dim in dims[:-1])
         self.fpn_convs = nn.ModuleList(ConvBNReLU(channels, channels, 3) for _ in dims[:-1])
         self.fpn_bottleneck = ConvBNReLU(len(dims) * channels, channels, 3)
@@ -40,15 +46,15 @@ class PyramidHead(nn.Module):
         pooled = [resize(module(coarsest), coarsest.shape[2:]) for module in self.psp_modules]
         top = self.bottleneck(torch.cat([coarsest, *pooled], 1))
         levels = [top]  # coarsest first
-        for lateral, x in zip(reversed(self.lateral_convs), reversed(maps[:-1])):
-            levels.append(lateral(x) + resize(levels[-1], x.shape[2:]))
-        fine = [convolution(x) for convolution, x in zip(self.fpn_convs, reversed(levels[1:]))]  # finest first
+        for conv, x in zip(reversed(self.lateral_convs), reversed(maps[:-1])):
+            levels.append(conv(x) + resize(levels[-1], x.shape[2:]))
+        fine = [conv(x) for conv, x in zip(self.fpn_convs, reversed(levels[1:]))]  # finest first
         fused = torch.cat([resize(x, fine[0].shape[2:]) for x in (*fine, top)], 1)
         return self.conv_seg(self.dropout(self.fpn_bottleneck(fused)))
 
 
 class AuxiliaryHead(nn.Module):
-    """One more classifier of the third stage's pixels, for training alone."""
+    """One more classifier of the third stage's pixels, for training: (B, dim, H, W) -> (B, num_classes, H, W)."""
 
     def __init__(self, dim, channels, num_classes, dropout):
         super().__init__()
@@ -69,7 +75,7 @@ class UPerNet(nn.Module):
         attn: of the backbone, "window" or "elsa".
         num_classes: width of the logits.
         channels, auxiliary_channels: width of the heads.
-        dropout: share of the channels dropped before the classifiers in training.
+        dropout: rate of the channels dropped before the classifiers in training.
         backbone: any other argument of models.swin.Backbone, e.g. drop_path_rate=0.3.
 
     Source of all defaults: the published configurations.
@@ -100,4 +106,5 @@ class UPerNet(nn.Module):
 
 
 def resize(x, size):
+    """(B, C, H, W) -> (B, C, *size), bilinear between pixel centres."""
     return F.interpolate(x, tuple(size), mode="bilinear")

@@ -1,13 +1,15 @@
-"""VOLO, Vision Outlooker, with outlook attention as published or with enhanced local self-attention (ELSA) in its place.
+"""VOLO, Vision Outlooker, with outlook attention as published or with enhanced local self-attention (ELSA) instead.
 
-Sources: Yuan et al., "VOLO: Vision Outlooker for Visual Recognition", arXiv 2106.13112, and the published configurations;
-Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers", arXiv 2104.10858, for mix-token.
+Sources: Yuan et al., "VOLO: Vision Outlooker for Visual Recognition", arXiv 2106.13112, and the published
+configurations; Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers", arXiv
+2104.10858, for mix-token.
 Parameter names and shapes are the published ones, so that the weights load as they are.
 
-attn="elsa" is a RECONSTRUCTION. Of ELSA-VOLO, Zhou et al. (arXiv 2112.12786) published neither code nor weights; known is that D1 to D5
-improve on VOLO and that D5 reaches 87.2 top-1. The choices are ours: every outlook attention becomes an ELSA layer of the same
-width and heads, with the defaults of the published ELSA class (kernel 5, lam 1, gamma 1, groups of 8 channels), scale 1 as in the
-published ELSA-Swin and no bias in the projection to q, k, v, as VOLO has none; MLPs, down-sampling, transformers and heads stay VOLO's.
+attn="elsa" is a RECONSTRUCTION. Of ELSA-VOLO, Zhou et al. (arXiv 2112.12786) published neither code nor weights; known
+is that D1 to D5 improve on VOLO and that D5 reaches 87.2 top-1. The choices are ours: every outlook attention becomes
+an ELSA layer of the same width and heads, with the defaults of the published ELSA class (kernel 5, lam 1, gamma 1,
+groups of 8 channels), scale 1 as in the published ELSA-Swin and no bias in the projection to q, k, v, as VOLO has none;
+MLPs, down-sampling, transformers and heads stay VOLO's.
 """
 import torch
 import torch.nn as nn
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import ATTENTIONS, local_attention
-from models.swin import Block
+from models.swin import Block, check_drop_path_rate, init_linear_layers
 
 CONFIGS = {
     "volo_d1": dict(embed_dim=192, depths=(4, 4, 8, 2), num_heads=(6, 12)),
@@ -27,7 +29,7 @@ CONFIGS = {
 
 
 class SelfAttention(nn.Module):
-    """Over all pixels: (B, H, W, C) -> (B, H, W, C)."""
+    """Every pixel attends to all pixels: (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -42,7 +44,7 @@ class SelfAttention(nn.Module):
 
 
 class ClassAttention(nn.Module):
-    """The class token asks, itself and all pixels answer: (B, 1 + N, C) -> (B, 1, C). Source: CaiT, arXiv 2103.17239."""
+    """The class token attends to itself and all pixels: (B, 1 + N, C) -> (B, 1, C). Source: CaiT, arXiv 2103.17239."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -67,15 +69,14 @@ class ClassBlock(Block):
 
 
 class PatchEmbed(nn.Module):
-    """(B, 3, H, W) -> (B, H / patch_size, W / patch_size, dim): three convolutions at half the resolution, then patches."""
+    """Images (B, 3, H, W) -> (B, H / patch_size, W / patch_size, dim): a convolutional stem at half the resolution."""
 
     def __init__(self, patch_size, stem_dim, dim):
         super().__init__()
-        widths = (3, stem_dim, stem_dim, stem_dim)
         layers = []
-        for i, (kernel_size, stride) in enumerate([(7, 2), (3, 1), (3, 1)]):
-            layers += [nn.Conv2d(widths[i], widths[i + 1], kernel_size, stride, kernel_size // 2, bias=False),
-                       nn.BatchNorm2d(stem_dim), nn.ReLU(inplace=True)]
+        for dim_in, kernel_size, stride in ((3, 7, 2), (stem_dim, 3, 1), (stem_dim, 3, 1)):
+            layers.append(nn.Conv2d(dim_in, stem_dim, kernel_size, stride, kernel_size // 2, bias=False))
+            layers += [nn.BatchNorm2d(stem_dim), nn.ReLU(inplace=True)]
         self.conv = nn.Sequential(*layers)
         self.proj = nn.Conv2d(stem_dim, dim, patch_size // 2, stride=patch_size // 2)
 
@@ -95,65 +96,70 @@ class Downsample(nn.Module):
 
 
 class VOLO(nn.Module):
-    """Vision Outlooker: one stage of local attention, three of self-attention at half its resolution, two class-attention blocks.
+    """Vision Outlooker: a stage of local attention, three of self-attention at half its resolution, class attention.
 
     Args:
-        attn: "outlook", "elsa", the reconstruction described at the head of this file, or another of models.attention.ATTENTIONS.
+        attn: "outlook", "elsa", the reconstruction described at the head of this file, or another of
+            models.attention.ATTENTIONS.
         num_classes: width of the logits; 0: no classifiers, the model gives the class token.
-        img_size: side of the images, which fixes the grid of the position embedding. Images of another size get it interpolated.
+        img_size: side of the images, which fixes the grid of the position embedding. Images of another size get it
+            interpolated.
         patch_size: pixels along the side of a patch of stage 1, even; 8 for photographs, 4 suits 32x32 images.
-        embed_dim, depths, num_heads: channels of stage 1 (doubled afterwards), blocks of the four stages, heads of stage 1 and
-            of the others.
+        embed_dim, depths, num_heads: channels of stage 1 (doubled afterwards), blocks of the four stages, heads of
+            stage 1 and of the others.
         mlp_ratio: hidden width of the MLPs, in multiples of the stage's channels.
         stem_dim: channels of the patch embedding's convolutions.
-        drop_path_rate: stochastic depth of the last block, rising linearly over all blocks; as published, stage 1 has none.
+        drop_path_rate: stochastic depth of the last block, rising linearly over all blocks; as published, stage 1 has
+            none.
         kernel_size: side of the neighbourhoods of attn="elsa" and its like. window_size: of attn="window".
         group_width, lam, gamma: of the ELSA layers, see models.elsa.ELSA.
         checkpointing: recompute the blocks in the backward pass instead of keeping their activations.
 
-    Shapes: images (B, 3, H, W); sides that are no multiple of 2 * patch_size are zero-padded right and bottom. Evaluating: logits
-    (B, num_classes), those of the class token plus half the largest of the pixels'. Training: (class token's logits, pixels'
-    logits (B, h, w, num_classes)), with (h, w) = token_grid(H, W).
+    Shapes: images (B, 3, H, W); sides that are no multiple of 2 * patch_size are zero-padded right and bottom.
+    Evaluating: logits (B, num_classes), those of the class token plus half the largest of the pixels'. Training: (class
+    token's logits (B, num_classes), pixels' logits (B, h, w, num_classes)), with (h, w) = token_grid(H, W).
+    Raises ValueError for arguments that do not fit together and for images of another shape.
     Source of all defaults: arXiv 2106.13112, table 2, and the published models.
     """
     attentions = ("outlook", *(attn for attn in ATTENTIONS if attn != "outlook"))  # the architecture's own first
 
-    def __init__(self, attn="outlook", num_classes=1000, img_size=224, patch_size=8, embed_dim=192, depths=(4, 4, 8, 2), num_heads=(6, 12),
-                 mlp_ratio=3.0, stem_dim=64, drop_path_rate=0.0, kernel_size=5, window_size=7, group_width=8, lam=1, gamma=1,
-                 checkpointing=False):
+    def __init__(self, attn="outlook", num_classes=1000, img_size=224, patch_size=8, embed_dim=192,
+                 depths=(4, 4, 8, 2), num_heads=(6, 12), mlp_ratio=3.0, stem_dim=64, drop_path_rate=0.0, kernel_size=5,
+                 window_size=7, group_width=8, lam=1, gamma=1, checkpointing=False):
         super().__init__()
         if patch_size % 2:
-            raise ValueError(f"patch_size = {patch_size} is odd, and the stem halves the image first; give an even number")
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate = {drop_path_rate} is not a rate of stochastic depth; give a number in [0, 1)")
+            raise ValueError(f"patch_size = {patch_size} is odd, and the stem halves the image first; "
+                             "give an even number")
+        check_drop_path_rate(drop_path_rate)
         self.patch_size, self.checkpointing = patch_size, checkpointing
         dim = 2 * embed_dim
+        drop_path_rates = (drop_path_rate * n / max(1, sum(depths) - 1) for n in range(depths[0], sum(depths)))
 
-        def attention(j):
-            return local_attention(attn, embed_dim, num_heads[0], kernel_size=kernel_size,
-                                   window=dict(window_size=window_size, shift=window_size // 2 if j % 2 else 0),
-                                   elsa=dict(qk_scale=1, group_width=group_width, lam=lam, gamma=gamma))
+        def local_block(index):
+            shift = window_size // 2 if index % 2 else 0
+            attention = local_attention(
+                attn, embed_dim, num_heads[0], kernel_size=kernel_size,
+                window=dict(window_size=window_size, shift=shift),
+                elsa=dict(qk_scale=1, group_width=group_width, lam=lam, gamma=gamma))
+            return Block(embed_dim, attention, mlp_ratio, 0.0)
 
-        rates = (drop_path_rate * n / max(1, sum(depths) - 1) for n in range(depths[0], sum(depths)))
+        def global_block():
+            return Block(dim, SelfAttention(dim, num_heads[1]), mlp_ratio, next(drop_path_rates))
+
         self.patch_embed = PatchEmbed(patch_size, stem_dim, embed_dim)
         self.pos_embed = nn.Parameter(torch.empty(1, *self.token_grid(img_size, img_size), dim))
-        self.network = nn.ModuleList([
-            nn.Sequential(*(Block(embed_dim, attention(j), mlp_ratio, 0.0) for j in range(depths[0]))),
-            Downsample(embed_dim),
-            *(nn.Sequential(*(Block(dim, SelfAttention(dim, num_heads[1]), mlp_ratio, next(rates)) for _ in range(depth)))
-              for depth in depths[1:])])
+        self.network = nn.ModuleList([nn.Sequential(*map(local_block, range(depths[0]))), Downsample(embed_dim)])
+        for depth in depths[1:]:
+            self.network.append(nn.Sequential(*(global_block() for _ in range(depth))))
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.post_network = nn.ModuleList(ClassBlock(dim, ClassAttention(dim, num_heads[1]), mlp_ratio, 0.0) for _ in range(2))
+        self.post_network = nn.ModuleList(
+            ClassBlock(dim, ClassAttention(dim, num_heads[1]), mlp_ratio, 0.0) for _ in range(2))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes) if num_classes else None
         self.aux_head = nn.Linear(dim, num_classes) if num_classes else None
         for parameter in (self.pos_embed, self.cls_token):
             nn.init.trunc_normal_(parameter, std=0.02)
-        for module in self.modules():  # convolutions keep their own initialisation
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear_layers(self)
 
     def token_grid(self, H, W):
         """Rows and columns of the last stages' map for images of H x W pixels."""
@@ -161,20 +167,25 @@ class VOLO(nn.Module):
         return (H + side - 1) // side, (W + side - 1) // side
 
     def forward(self, images, swap=None):
-        """`swap`: (h, w) bool, for mix-token: the tokens there change places with those of the reversed batch before stage 1, and the
-        pixels' logits change back, so that they are those of the image they came from."""
+        """Logits as the class says. `swap`, (h, w) bool, is for mix-token.
+
+        The tokens there change places with those of the reversed batch before stage 1, and the pixels' logits change
+        back, so that they are those of the image they came from.
+        """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images have shape {tuple(images.shape)}; VOLO expects (B, 3, H, W)")
         h, w = self.token_grid(*images.shape[2:])
         side = 2 * self.patch_size
-        x = self.patch_embed(F.pad(images, (0, w * side - images.shape[3], 0, h * side - images.shape[2])))  # (B, 2h, 2w, C)
+        images = F.pad(images, (0, w * side - images.shape[3], 0, h * side - images.shape[2]))
+        x = self.patch_embed(images)  # (B, 2h, 2w, C)
         if swap is not None:
             if tuple(swap.shape) != (h, w):
                 raise ValueError(f"swap has shape {tuple(swap.shape)}; expected one flag a token, {(h, w)}")
-            x = torch.where(swap.repeat_interleave(2, 0).repeat_interleave(2, 1)[..., None], x.flip(0), x)
+            swap_patches = swap.repeat_interleave(2, 0).repeat_interleave(2, 1)  # (2h, 2w)
+            x = torch.where(swap_patches[..., None], x.flip(0), x)
 
         for i, stage in enumerate(self.network):
-            if i == 2:
+            if i == 2:  # after the down-sampling
                 x = x + interpolate_pos_embed(self.pos_embed, h, w)
             for block in stage if isinstance(stage, nn.Sequential) else [stage]:
                 x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 import torch
+
 from interpreter import watched
 
 BACKENDS = ("cpu", "triton") if importlib.util.find_spec("triton") else ("cpu",)

@@ -8,12 +8,20 @@ import zlib
 import numpy as np
 import torch
 
-# Of detectors: the first pattern in a key is what its weights were multiplied by, so that detections of every size remain.
-GAINS = [(r"neck\.fpn_convs\.[01]\.", 0.35), (r"neck\.fpn_convs\.3\.", 2.5), (r"rpn_head\.rpn_conv\.", 1.5), (r"rpn_head\.rpn_reg\.", 0.6),
-         (r"roi_head\.bbox_head\..*shared_(fcs|convs)\.", 1.5), (r"roi_head\.bbox_head\..*fc_cls\.", 3.0),
-         (r"roi_head\.mask_head\..*convs\.", 1.5), (r"roi_head\.mask_head\..*upsample\.", 2.0),
-         (r"roi_head\.mask_head\..*conv_logits\.", 2.0)]
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+# Of detectors: the first pattern in a key is what its weights were multiplied by, so that detections of every size
+# remain.
+GAINS = [
+    (r"neck\.fpn_convs\.[01]\.", 0.35),
+    (r"neck\.fpn_convs\.3\.", 2.5),
+    (r"rpn_head\.rpn_conv\.", 1.5),
+    (r"rpn_head\.rpn_reg\.", 0.6),
+    (r"roi_head\.bbox_head\..*shared_(fcs|convs)\.", 1.5),
+    (r"roi_head\.bbox_head\..*fc_cls\.", 3.0),
+    (r"roi_head\.mask_head\..*convs\.", 1.5),
+    (r"roi_head\.mask_head\..*upsample\.", 2.0),
+    (r"roi_head\.mask_head\..*conv_logits\.", 2.0),
+]
 
 
 def assert_close(name, reference, result, ratio):
@@ -24,25 +32,34 @@ def assert_close(name, reference, result, ratio):
 
 
 @functools.cache
+def published_units():
+    """Inputs and outputs of the published detectors' parts, as tensors by their names."""
+    with np.load(GOLDEN / "det_units.npz") as file:
+        return {key: torch.tensor(value) for key, value in file.items()}
+
+
+@functools.cache
 def published_state(name):
-    """The state dict whose entries follow from their keys and shapes by the rule the golden logits were computed with."""
-    state = {}
-    for key, shape, dtype in json.loads((GOLDEN / f"state_{name}.json").read_text()):
-        a = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
-        if not dtype.startswith("float"):
-            state[key] = torch.zeros(shape, dtype=getattr(torch, dtype))
-            continue
-        if key.endswith("running_var"):
-            a = 1 + 0.1 * abs(a)
-        elif key.endswith("ghost_head"):
-            a = 0.02 * a
-        elif key.endswith((".rb", "relative_position_bias_table", "pos_embed", "cls_token")):
-            a = 0.1 * a
-        elif a.ndim >= 2:
-            a = a * np.float32(next((gain for pattern, gain in GAINS if re.search(pattern, key)), 1.0) / np.sqrt(np.prod(shape[1:])))
-        else:
-            a = 1 + 0.1 * a if key.endswith(".weight") else 0.1 * a
-        if key.endswith("fc_cls.bias"):
-            a[-1] += 7.5  # of the background
-        state[key] = torch.tensor(a, dtype=torch.float32)
-    return state
+    """A state dict whose entries follow from their keys and shapes, by the rule of the golden numbers."""
+    entries = json.loads((GOLDEN / f"state_{name}.json").read_text())
+    return {key: published_entry(key, shape, dtype) for key, shape, dtype in entries}
+
+
+def published_entry(key, shape, dtype):
+    if not dtype.startswith("float"):
+        return torch.zeros(shape, dtype=getattr(torch, dtype))
+    a = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
+    if key.endswith("running_var"):
+        a = 1 + 0.1 * abs(a)
+    elif key.endswith("ghost_head"):
+        a = 0.02 * a
+    elif key.endswith((".rb", "relative_position_bias_table", "pos_embed", "cls_token")):
+        a = 0.1 * a
+    elif a.ndim >= 2:
+        gain = next((gain for pattern, gain in GAINS if re.search(pattern, key)), 1.0)
+        a = a * np.float32(gain / np.sqrt(np.prod(shape[1:])))
+    else:
+        a = 1 + 0.1 * a if key.endswith(".weight") else 0.1 * a
+    if key.endswith("fc_cls.bias"):
+        a[-1] += 7.5  # of the background
+    return torch.tensor(a, dtype=torch.float32)

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import SMALL, Case, hypothesis_settings, problems
 from hypothesis import given
 
 from backends import BACKENDS, backend
+from cases import SMALL, Case, hypothesis_settings, problems
 from kernels import elsa_attention, elsa_attention_reference
 from published import assert_close
 

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import torch
-from cases import Case
 from torch.library import opcheck
 
 from backends import BACKENDS, backend
+from cases import Case
 from kernels import elsa_attention, elsa_attention_reference
 
 

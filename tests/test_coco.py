@@ -16,11 +16,11 @@ from PIL import Image
 from pycocotools import mask as oracle_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_mask_rcnn import TINY
 
 from eval import coco, options
 from models import create_model
 from run import main
+from test_mask_rcnn import TINY
 from train import detection
 from train.config import Config, resolve
 from train.data import ShareSampler

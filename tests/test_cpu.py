@@ -1,10 +1,10 @@
 """The aggregation's CPU path against its naive reference."""
 import pytest
 import torch
-from cases import Case, hypothesis_settings, problems
 from hypothesis import given
 
 from backends import backend
+from cases import Case, hypothesis_settings, problems
 from kernels import cpu, elsa_attention
 
 

@@ -1,10 +1,10 @@
 """What only a GPU can show: the kernels at real sizes and dtypes. Skipped where there is none."""
 import pytest
 import torch
-from test_hadamard import expected, ours, problem
 
 from kernels import elsa_attention, elsa_attention_reference, tuning
 from models import create_model
+from test_hadamard import expected, ours, problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

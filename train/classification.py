@@ -1,26 +1,152 @@
-"""The task of classification: images and labels, and what is minimised."""
-from eval.imagenet import evaluate  # noqa: F401  the loop and the command must count alike
-from train.data import datasets, mix, validation_loader  # noqa: F401
+"""The task of classification: folders of images or rendered scenes, and what is minimised."""
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset, Subset
+from torchvision.datasets import ImageFolder
+
+from train import data, scenes
+from train.augment import TrainingTransform, mix, validation_transform
 from train.device import autocast
-from train.losses import mixed_cross_entropy, token_cross_entropy
-from train.tokens import dense_targets, draw_swap
-
-METRICS = {"top1": "top-1", "top5": "top-5"}  # per cent; by the first, the best epoch is chosen
+from train.photographs import load_image, to_tensor
+from train.tokens import TokenLabels, dense_targets, draw_swap
 
 
-def loss(run, batch, rng):
-    """Loss of one pass, a scalar. batch: (images, labels), with token labels (images, labels, maps, places). rng: numpy Generator."""
-    config = run.config
+def datasets(config):
+    """(training Dataset with keys (epoch, index), validation Dataset, names of the classes) of a Config.
+
+    Raises FileNotFoundError or ValueError when the folder does not hold what it should.
+    """
+    if config.data is None:
+        return Scenes.of(config), Scenes.of(config, validation=True), Scenes.classes
+    train = image_folder(_split(config.data, "train"))
+    val = validation_folder(config)
+    if train.classes != val.classes:
+        missing, extra = sorted(set(train.classes) - set(val.classes)), sorted(set(val.classes) - set(train.classes))
+        raise ValueError(f"the classes of {train.root} and {val.root} differ; expected the same folders in both. "
+                         f"Missing in {val.root}: {missing[:5]}, missing in {train.root}: {extra[:5]}")
+    train_images = balanced(train, config.limit)
+    labels = TokenLabels(config.token_labels, train, train_images) if config.token_labels else None
+    training = AugmentedPhotographs(train_images, TrainingTransform(config), config.seed, labels)
+    return training, balanced(val, config.val_limit), train.classes
+
+
+def validation_folder(config):
+    """ImageFolder of DIR/val or DIR/test, ready to be evaluated."""
+    return image_folder(_split(config.data, "val", "test"), validation_transform(config.img_size, config.crop_pct))
+
+
+def loss(model, batch, config, rng):
+    """Loss of one pass, a scalar.
+
+    batch: (images, labels), with token labels (images, labels, label maps, matrices). rng: numpy Generator.
+    """
     images, labels, *label_maps = batch
     images, own = mix(images, config.mixup, config.cutmix, rng)
     inputs = [images]
     if config.mix_token:
-        swap, own = draw_swap(rng, config.mix_token, *run.model.token_grid(*images.shape[2:]))
-        inputs.append(swap.to(run.device))
-    with autocast(run.device, config.amp):
-        out = run.runner(*inputs)
+        plain = getattr(model, "module", model)  # of DistributedDataParallel
+        grid = plain.token_grid(*images.shape[2:])
+        swap, own = draw_swap(rng, config.mix_token, *grid)
+        inputs.append(swap.to(images.device))
+    with autocast(images.device, config.amp):
+        out = model(*inputs)
     if not isinstance(out, tuple):
         return mixed_cross_entropy(out.float(), labels, own, config.label_smoothing)
     logits, token_logits = (part.float() for part in out)
-    targets = dense_targets(*label_maps, labels, *token_logits.shape[1:], config.label_smoothing, config.ground_truth) if label_maps else None
+    targets = None
+    if label_maps:
+        targets = dense_targets(*label_maps, labels, *token_logits.shape[1:], config.label_smoothing,
+                                config.ground_truth)
     return token_cross_entropy(logits, token_logits, labels, targets, own, config.label_smoothing, config.dense_weight)
+
+
+def mixed_cross_entropy(logits, labels, own, label_smoothing):
+    """Cross-entropy against `own` of the image's label and the rest of its partner's, see augment.mix.
+
+    logits (B, C), labels (B,).
+    """
+    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    if own == 1:
+        return loss
+    return own * loss + (1 - own) * F.cross_entropy(logits, labels.flip(0), label_smoothing=label_smoothing)
+
+
+def token_cross_entropy(logits, token_logits, labels, targets, own, label_smoothing, dense_weight):
+    """Loss of the class token plus dense_weight times that of the tokens. Source: Jiang et al., arXiv 2104.10858.
+
+    logits: (B, C). token_logits: (B, h, w, C), those that come from one image together, as VOLO returns them. own:
+    share of an image's own tokens behind its class token, see tokens.draw_swap. targets: (class targets (B, C), token
+    targets (B, h, w, C)) of tokens.dense_targets, or None: the label (B,) of an image is that of its tokens. """
+    tokens = token_logits.flatten(0, 2)
+    if targets is None:
+        spread = labels[:, None, None].expand(token_logits.shape[:3]).flatten()
+        return mixed_cross_entropy(logits, labels, own, label_smoothing) \
+            + dense_weight * F.cross_entropy(tokens, spread, label_smoothing=label_smoothing)
+    class_targets, token_targets = targets
+    mixed = own * class_targets + (1 - own) * class_targets.flip(0)
+    return F.cross_entropy(logits, mixed) + dense_weight * F.cross_entropy(tokens, token_targets.flatten(0, 2))
+
+
+class Scenes(data.Scenes):
+    """Rendered scenes of one object: (image (3, size, size) float32, label)."""
+    classes = list(scenes.CLASSES)
+    max_objects = 1
+
+    def __getitem__(self, key):
+        scene = self.draw(key)
+        return to_tensor(scene.image), scene.label
+
+
+class AugmentedPhotographs(Dataset):
+    """Photographs for training; keys (epoch, index): their augmentation depends on these and the seed, on nothing else.
+
+    Samples are (image, label), or with `token_labels`, a tokens.TokenLabels, (image, label, label map, matrix): see
+    augment.TrainingTransform for the matrix.
+    """
+
+    def __init__(self, images, transform, seed, token_labels=None):
+        self.images, self.transform, self.seed, self.token_labels = images, transform, seed, token_labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, label = self.images[index]
+        image, matrix = data.with_generator((self.seed, epoch, index), self.transform, image)
+        if self.token_labels is None:
+            return image, label
+        return image, label, self.token_labels[index], torch.tensor(matrix, dtype=torch.float32)
+
+
+def image_folder(root, transform=None):
+    """torchvision's ImageFolder, with errors that say what is wrong with `root` or with a file in it."""
+    try:
+        return ImageFolder(root, transform, loader=load_image)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{root}: {error}. Expected one folder per class with images inside") from error
+
+
+def balanced(images, limit):
+    """The first `limit` images when classes take turns, or all of them."""
+    if limit is None or limit >= len(images):
+        return images
+    turn = {}  # class -> how many of it came before
+    order = []
+    for index, label in enumerate(images.targets):
+        turn[label] = turn.get(label, -1) + 1
+        order.append((turn[label], label, index))
+    return Subset(images, sorted(index for _, _, index in sorted(order)[:limit]))
+
+
+def _split(folder, *names):
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"--data {folder}: no such folder; expected one with train/ and val/ or test/")
+    for name in names:
+        if (Path(folder) / name).is_dir():
+            return str(Path(folder) / name)
+    raise FileNotFoundError(f"--data {folder} has no {' or '.join(name + '/' for name in names)}; it holds "
+                            f"{sorted(os.listdir(folder))[:8]}")

@@ -1,8 +1,10 @@
-"""The configuration of a run: one dataclass, filled from defaults, then a recipe, then the command line."""
-import argparse
+"""The configuration of a run: one dataclass, filled from defaults, then a recipe, then the command line.
+
+Imports neither torch nor anything of this project, so that a mistake in a command is answered at once.
+"""
 import dataclasses
 import difflib
-import re
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -12,73 +14,75 @@ import yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
+# The first word of a model's name, its family -> its task.
+TASK_OF_FAMILY = {"swin": "classification", "volo": "classification", "upernet": "segmentation",
+                  "mask": "detection", "cascade": "detection"}
 
-def key(default, help):
-    """A field of Config. `help` is both its documentation and its line in --help."""
+
+def key(group, default, help, only=()):
+    """A field of Config. help: its line in --help. only: the tasks or families of models that it concerns."""
     default = dict(default_factory=default) if callable(default) else dict(default=default)
-    return field(**default, metadata={"help": help})
+    only = (only,) if isinstance(only, str) else only
+    return field(**default, metadata={"group": group, "help": help, "only": only})
 
 
 @dataclass
 class Config:
-    # What is trained, on what, where to
-    model: str = key("swin_t", "architecture, as models.create_model knows it")
-    attn: str | None = key(None, "kind of attention; null: the architecture's own")
-    data: str | None = key(None, "folder with train/ and val/ or test/, one folder per class inside; null: rendered scenes")
-    token_labels: str | None = key(None, "VOLO: folder of label maps, <class>/<image name>.pt beside each of data's train/; null: image labels")
-    weights: str | None = key(None, "start from these weights, for fine-tuning; null: fresh ones")
-    fresh_head: bool = key(False, "of `weights`, leave out the classifier: the data has other classes")
-    out: str | None = key(None, "folder of the run; null: runs/<model>-<attn>-<data>, numbered if taken")
-    limit: int | None = key(None, "use only this many training images, equally many of each class; scenes: images per epoch")
-    val_limit: int | None = key(None, "use only this many validation images, equally many of each class")
+    model: str = key("model", "swin_t", "architecture, as models.create_model knows it")
+    attn: str | None = key("model", None, "kind of attention; null: the architecture's own")
+    img_size: int = key("model", 224, "side of the images; dense tasks: short side when evaluating")
+    num_classes: int | None = key("model", None, "classes; null: as many as the data has")
+    patch_size: int | None = key("model", None, "pixels along the side of a patch")
+    window_size: int | None = key("model", None, "side of an attention window in patches")
+    drop_path_rate: float | None = key("model", None, "stochastic depth of the last block")
+    model_args: dict = key("model", dict, "other arguments of the architecture: '{embed_dim: 64}'")
+    weights: str | None = key("model", None, "start from these, for fine-tuning; null: fresh ones")
+    fresh_head: bool = key("model", False, "of weights, leave out the classifier: other classes")
 
-    # Architecture; null leaves the choice to the model
-    img_size: int = key(224, "side of the images in pixels; segmentation: of the crops, and short side when evaluating; detection: short side")
-    num_classes: int | None = key(None, "classes; null: as many as the data has")
-    patch_size: int | None = key(None, "pixels along the side of a patch")
-    window_size: int | None = key(None, "side of an attention window in patches")
-    drop_path_rate: float | None = key(None, "stochastic depth of the last block")
-    checkpointing: bool = key(False, "recompute blocks in the backward pass: less memory, more time")
-    model_args: dict = key(dict, "any other argument of the architecture, as YAML: '{embed_dim: 64, depths: [2, 2, 4, 2]}'")
+    data: str | None = key("data", None, "folder of the images; null: rendered scenes")
+    limit: int | None = key("data", None, "so many training images, of all classes alike")
+    val_limit: int | None = key("data", None, "so many validation images, of all classes alike")
+    out: str | None = key("data", None, "folder of the run; null: runs/MODEL-ATTN-DATA, numbered")
 
-    # Schedule
-    epochs: int = key(300, "passes over the training images")
-    batch_size: int = key(1024, "images per optimiser step, over all ranks and accumulated passes together")
-    accumulate: int = key(1, "backward passes per optimiser step; each sees batch_size / accumulate / ranks images")
-    lr: float = key(1e-3, "peak learning rate")
-    warmup_lr: float = key(1e-6, "learning rate of the first step")
-    min_lr: float = key(1e-5, "learning rate at the end")
-    schedule: str = key("cosine", "of the learning rate after the warm-up: cosine; linear, which falls from the first step on; or steps")
-    milestones: tuple = key((8.0, 11.0), "schedule steps: epochs after which the learning rate is divided by ten")
-    warmup_epochs: float = key(20.0, "epochs of linear warm-up; a cosine runs from its end to the last step")
-    weight_decay: float = key(0.05, "decay of AdamW; norms, biases and relative position biases are not decayed")
-    betas: tuple = key((0.9, 0.999), "momenta of AdamW")
-    clip_grad: float = key(0.0, "largest norm of the gradient; 0: no clipping")
-    ema: float = key(0.0, "decay per step of a moving average of the weights, which is then what is evaluated; 0: none")
+    epochs: int = key("schedule", 300, "passes over the training images")
+    batch_size: int = key("schedule", 1024, "images per optimiser step, of all ranks and passes together")
+    accumulate: int = key("schedule", 1, "passes per optimiser step")
+    lr: float = key("schedule", 1e-3, "peak learning rate")
+    warmup_lr: float = key("schedule", 1e-6, "learning rate of the first step")
+    min_lr: float = key("schedule", 1e-5, "learning rate at the end")
+    schedule: str = key("schedule", "cosine", "cosine, after the warm-up; linear, from the start; steps")
+    milestones: tuple = key("schedule", (8.0, 11.0), "steps: epochs after which lr is divided by ten")
+    warmup_epochs: float = key("schedule", 20.0, "epochs of linear warm-up")
+    weight_decay: float = key("schedule", 0.05, "of AdamW; not of norms, biases, position biases")
+    betas: tuple = key("schedule", (0.9, 0.999), "momenta of AdamW")
+    clip_grad: float = key("schedule", 0.0, "largest norm of the gradient; 0: no clipping")
+    ema: float = key("schedule", 0.0, "decay of an average of the weights, to be evaluated; 0: none")
 
-    # Augmentation and regularisation
-    scale: tuple = key((0.08, 1.0), "share of the image's area that a random crop keeps, from and to; 1,1: whole image, resized")
-    resize: tuple = key((0.5, 2.0), "segmentation, detection: ratio to img_size by which the photograph is resized, from and to")
-    crop: float = key(0.5, "detection: probability that the photograph is cropped before it is resized")
-    flip: float = key(0.5, "probability of a horizontal flip")
-    randaugment: float = key(0.0, "mean magnitude of RandAugment, 0 to 10; 0: off")
-    randaugment_std: float = key(0.5, "standard deviation of that magnitude")
-    mixup: float = key(0.0, "alpha of mixup; 0: off. With cutmix, each batch takes one of the two at random")
-    cutmix: float = key(0.0, "alpha of cutmix; 0: off")
-    mix_token: float = key(0.0, "VOLO: alpha of mix-token, where a box of tokens changes places between two images; 0: off")
-    dense_weight: float = key(0.5, "VOLO: weight of the loss of the tokens beside that of the image")
-    auxiliary_weight: float = key(0.4, "segmentation: weight of the auxiliary head's loss")
-    ground_truth: bool = key(False, "with token_labels: mix the image's label into the target of the class token")
-    erasing: float = key(0.0, "probability that a rectangle is replaced by noise")
-    label_smoothing: float = key(0.0, "probability mass spread over all classes")
-    crop_pct: float = key(0.9, "validation: the image is resized to img_size / crop_pct, then its centre is taken; above 1: in a black frame")
+    scale: tuple = key("augmentation", (0.08, 1.0), "share of the area that a random crop keeps; 1,1: no crop",
+                       "classification")
+    resize: tuple = key("augmentation", (0.5, 2.0), "ratio to img_size, from and to", ("segmentation", "detection"))
+    crop: float = key("augmentation", 0.5, "probability of a crop before the resizing", "detection")
+    flip: float = key("augmentation", 0.5, "probability of a horizontal flip")
+    randaugment: float = key("augmentation", 0.0, "mean magnitude of RandAugment, 0 to 10; 0: off", "classification")
+    randaugment_std: float = key("augmentation", 0.5, "standard deviation of that magnitude", "classification")
+    mixup: float = key("augmentation", 0.0, "alpha; 0: off; with cutmix, a batch takes either", "classification")
+    cutmix: float = key("augmentation", 0.0, "alpha; 0: off", "classification")
+    mix_token: float = key("augmentation", 0.0, "alpha: two images exchange a box of tokens; 0: off", "volo")
+    erasing: float = key("augmentation", 0.0, "probability that noise replaces a rectangle", "classification")
 
-    # Machine
-    seed: int = key(0, "of weights, order, augmentation and stochastic depth")
-    device: str = key("auto", "auto, cpu or cuda; auto: cuda where there is one")
-    amp: str = key("auto", "autocast: bf16, fp16 or none; auto: bf16 on cuda, none on cpu")
-    compile: bool = key(False, "compile the model with torch.compile")
-    workers: int | None = key(None, "processes per rank that read and augment images; null: none for scenes, else up to 8")
+    label_smoothing: float = key("task", 0.0, "probability spread over all classes", "classification")
+    crop_pct: float = key("task", 0.9, "validation: centre of an image of img_size / crop_pct", "classification")
+    token_labels: str | None = key("task", None, "folder of label maps, CLASS/IMAGE.pt; null: image labels", "volo")
+    dense_weight: float = key("task", 0.5, "weight of the tokens' loss", "volo")
+    ground_truth: bool = key("task", False, "with token_labels: mix the image's label in", "volo")
+    auxiliary_weight: float = key("task", 0.4, "weight of the auxiliary head's loss", "segmentation")
+
+    seed: int = key("machine", 0, "of weights, order, augmentation and stochastic depth")
+    device: str = key("machine", "auto", "auto, cpu or cuda; auto: cuda where there is one")
+    amp: str = key("machine", "auto", "bf16, fp16 or none; auto: bf16 on cuda, none on cpu")
+    compile: bool = key("machine", False, "compile the model with torch.compile")
+    checkpointing: bool = key("machine", False, "recompute blocks in backward: less memory, more time")
+    workers: int | None = key("machine", None, "processes per rank that read images; null: up to 8")
 
 
 KEYS = {f.name: f for f in dataclasses.fields(Config)}
@@ -89,60 +93,30 @@ NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple:
 FREE = ("data", "weights", "out", "val_limit", "device", "compile", "checkpointing", "workers")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that takes --batch_size for --batch-size, never guesses at abbreviations, and names the nearest unknown option."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
-
-    def parse(self, argv):
-        argv = [re.sub(r"^--[^=]*", lambda option: option[0].replace("_", "-"), word) for word in argv]
-        known, unknown = self.parse_known_intermixed_args(argv)
-        for word in unknown:
-            if word.startswith("-"):
-                option = word.split("=")[0]
-                raise ValueError(f"unknown option {option}; {_nearest(option, self._option_string_actions)}--help lists all")
-            raise ValueError(f"{word!r} is not the value of any option; --help lists all")
-        return known
-
-    def error(self, message):  # argparse's own would print the whole usage before the one line that matters
-        raise ValueError(message)
-
-    def add_keys(self, names):
-        """Options for these keys of Config; one that is not given is absent from the result."""
-        for name in names:
-            optional = dict(nargs="?", const=True) if TYPES[name] is bool else {}
-            self.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=KEYS[name].metadata["help"],
-                              metavar=name.upper(), **optional)
+def family_of(model):
+    return model.split("_")[0]
 
 
-def parse_train(argv):
-    """Command line of `run.py train` -> (Config, resume, notes).
+def task_of(model):
+    """"classification", "segmentation" or "detection"."""
+    return TASK_OF_FAMILY.get(family_of(model), "classification")
 
-    resume: None, True (the newest run of this name) or a path. notes: lines to print about choices that were made.
-    """
-    parser = Parser(prog="run.py train", description="Train a classifier, a segmenter or a detector.")
-    parser.add_argument("model", nargs="?", default="swin_t", help=KEYS["model"].metadata["help"])
-    parser.add_argument("--recipe", default=None, help="YAML file of keys; default: train/recipes/<model>.yaml, without --data scenes_<family>.yaml")
-    parser.add_argument("--resume", nargs="?", const=True, default=None, metavar="RUN",
-                        help="continue the newest run of this name, or the given folder or checkpoint")
-    parser.add_keys(name for name in KEYS if name != "model")
-    options = vars(parser.parse(argv))
-    recipe, resume = options.pop("recipe"), options.pop("resume")
-    config, notes = resolve(options, recipe)
-    return config, resume, notes
+
+def concerns(name, model=None):
+    """Whether key `name` has an effect on a model; without one: on every model."""
+    only = KEYS[name].metadata["only"]
+    return not only or model is not None and (task_of(model) in only or family_of(model) in only)
 
 
 def resolve(options, recipe=None):
-    """Dataclass defaults < recipe < options -> (Config, notes). Raises ValueError for an unknown key or a value that does not fit.
+    """Dataclass defaults < recipe < options -> (Config, notes: lines about choices that were made).
 
-    options: {key: value or text}. recipe: path, or name of a shipped one; None: that of the model, or without data that of the scenes.
+    options: {key: value or text}. recipe: path, or name of a shipped one; None: that of the model, or without data that
+    of the scenes. Raises ValueError for an unknown key or a value that does not fit.
     """
     config, notes = Config(), []
     model = options.get("model", config.model)
-    path = Path(recipe) if recipe else RECIPES / f"{model}.yaml" if options.get("data") else scenes_recipe(model)
-    if recipe and not path.exists() and (RECIPES / f"{recipe}.yaml").exists():
-        path = RECIPES / f"{recipe}.yaml"
+    path = recipe_path(model, options.get("data"), recipe)
     if path.exists():
         values = read_recipe(path)
         notes.append(f"recipe {path.stem}: {path}")
@@ -150,34 +124,48 @@ def resolve(options, recipe=None):
         raise FileNotFoundError(f"no recipe at {path}; --recipe takes a YAML file, and there is: {_shipped()}")
     else:
         values = {}
-        notes.append(f"no recipe is shipped for {options.get('model')} (there is: {_shipped()}): plain defaults, no augmentation beyond "
-                     "crop and flip")
+        notes.append(f"no recipe is shipped for {model} (there is: {_shipped()}): plain defaults, no augmentation "
+                     "beyond crop and flip")
     for name, value in {**values, **options}.items():
         setattr(config, name, cast(name, value))
 
+    for name in options:
+        if not concerns(name, model):
+            notes.append(f"{name} has no effect on {model}: it is for {' and '.join(KEYS[name].metadata['only'])}")
     if config.warmup_epochs >= config.epochs > 0:
-        share = cast("warmup_epochs", values.get("warmup_epochs", 20)) / cast("epochs", values.get("epochs", 300))
-        if "warmup_epochs" in options or share >= 1:
-            raise ValueError(f"warmup_epochs = {config.warmup_epochs:g} leaves none of the {config.epochs} epochs for training; "
-                             "expected less than --epochs")
-        notes.append(f"warm-up of {share * config.epochs:.3g} epochs, the recipe's share, because its {config.warmup_epochs:g} do not fit "
-                     f"into {config.epochs}")
-        config.warmup_epochs = share * config.epochs
+        notes.append(_shorten_warmup(config, values, options))
     usual = values.get("batch_size")
     if usual and "lr" not in options and config.batch_size != usual:
-        notes.append(f"lr {config.lr:g} was meant for batches of {usual}; for {config.batch_size}, proportional would be "
-                     f"--lr {config.lr * config.batch_size / usual:.2g}")
+        notes.append(f"lr {config.lr:g} was meant for batches of {usual}; for {config.batch_size}, proportional would "
+                     f"be --lr {config.lr * config.batch_size / usual:.2g}")
     check(config)
     return config, notes
 
 
-def scenes_recipe(model):
-    """The recipe of rendered scenes: one for each family of architectures."""
-    return RECIPES / f"scenes_{model.split('_')[0]}.yaml"
+def _shorten_warmup(config, values, options):
+    """Keeps the recipe's share of warm-up in a run too short for its epochs -> a note."""
+    share = cast("warmup_epochs", values.get("warmup_epochs", 20)) / cast("epochs", values.get("epochs", 300))
+    if "warmup_epochs" in options or share >= 1:
+        raise ValueError(f"warmup_epochs = {config.warmup_epochs:g} leaves none of the {config.epochs} epochs for "
+                         "training; expected less than --epochs")
+    recipes = config.warmup_epochs
+    config.warmup_epochs = share * config.epochs
+    return (f"warm-up of {config.warmup_epochs:.3g} epochs, the recipe's share, because its {recipes:g} do not fit "
+            f"into {config.epochs}")
+
+
+def recipe_path(model, data=None, recipe=None):
+    """Where the recipe is: `recipe`, a file or the name of a shipped one, else that of the model, or without data of
+    the scenes. The file need not exist."""
+    if not recipe:
+        return RECIPES / (f"{model}.yaml" if data else f"scenes_{family_of(model)}.yaml")
+    shipped = RECIPES / f"{recipe}.yaml"
+    return shipped if not Path(recipe).exists() and shipped.exists() else Path(recipe)
 
 
 def read_recipe(path):
-    """A YAML file of Config keys -> dict. The key `base` names a recipe beside it, whose keys hold where the file has none.
+    """A YAML file of Config keys -> dict. The key `base` names a recipe beside it, whose keys hold where the file has
+    none.
 
     Raises ValueError for an unknown key, naming the nearest.
     """
@@ -194,7 +182,8 @@ def read_recipe(path):
         values = {**read_recipe(Path(path).with_name(f"{base}.yaml")), **values}
     for name in values:
         if name not in KEYS:
-            raise ValueError(f"unknown key {name!r} in {path}; {_nearest(str(name), KEYS)}`run.py train --help` lists all")
+            raise ValueError(f"unknown key {name!r} in {path}; {nearest(str(name), KEYS)}`run.py train MODEL --help` "
+                             "lists all")
     return values
 
 
@@ -209,9 +198,7 @@ def cast(name, value):
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
         if kind is int:
-            if float(value) != int(float(value)):
-                raise ValueError
-            return int(float(value))
+            return _whole(value)
         if kind is tuple:
             first, second = value.split(",") if isinstance(value, str) else value
             return float(first), float(second)
@@ -222,16 +209,35 @@ def cast(name, value):
         raise ValueError(f"{name} = {value!r} does not fit; expected {NAMES[kind]}") from None
 
 
+def _whole(value):
+    """An int of 8, 8.0, "8" or "8e0"; large numbers keep all of their digits."""
+    try:
+        return int(value) if isinstance(value, str) else value.__index__()
+    except (ValueError, AttributeError):
+        number = float(value)
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
 def check(config):
+    """Raises ValueError for the first value out of its range, saying what was expected."""
     def expect(fits, name, expected):
         if not fits:
             raise ValueError(f"{name} = {getattr(config, name)!r} does not fit; expected {expected}")
 
-    for name in ("img_size", "num_classes", "patch_size", "window_size", "epochs", "batch_size", "accumulate", "limit", "val_limit"):
+    for name in KEYS:
+        value = getattr(config, name)
+        if isinstance(value, int) and name != "seed":
+            expect(value < 2 ** 31, name, f"less than 2**31 = {2 ** 31}")
+        if isinstance(value, float | tuple):
+            expect(all(map(math.isfinite, value if isinstance(value, tuple) else (value,))), name, "finite numbers")
+    expect(0 <= config.seed < 2 ** 63, "seed", "0 to 2**63 - 1")
+    for name in ("img_size", "num_classes", "patch_size", "window_size", "epochs", "batch_size", "accumulate", "limit",
+                 "val_limit"):
         expect(getattr(config, name) is None or getattr(config, name) > 0, name, "1 or more")
-    for name in ("lr", "warmup_lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "mixup", "cutmix", "mix_token", "dense_weight",
-                 "auxiliary_weight",
-                 "randaugment_std"):
+    for name in ("lr", "warmup_lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "mixup", "cutmix",
+                 "mix_token", "dense_weight", "auxiliary_weight", "randaugment_std"):
         expect(getattr(config, name) >= 0, name, "0 or more")
     for name in ("flip", "crop", "erasing", "label_smoothing"):
         expect(0 <= getattr(config, name) <= 1, name, "0 to 1")
@@ -239,7 +245,8 @@ def check(config):
     expect(0 <= config.randaugment <= 10, "randaugment", "0 (off) to 10")
     expect(0 < config.scale[0] <= config.scale[1] <= 1, "scale", "two rising shares, as 0.08,1")
     expect(0 < config.crop_pct <= 2, "crop_pct", "above 0, up to 2")
-    expect(not config.mix_token or not (config.mixup or config.cutmix), "mix_token", "0 beside mixup or cutmix: an image is mixed once")
+    expect(not config.mix_token or not (config.mixup or config.cutmix), "mix_token",
+           "0 beside mixup or cutmix: an image is mixed once")
     expect(not config.token_labels or config.data, "token_labels", "null without --data: they belong to photographs")
     expect(config.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
     expect(0 < config.resize[0] <= config.resize[1], "resize", "two rising ratios, as 0.5,2")
@@ -260,19 +267,22 @@ def model_overrides(config):
 
 def to_dict(config):
     """Plain types only, so that YAML and torch.load(weights_only=True) read it back."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}
+    values = dataclasses.asdict(config)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def refuse_other(config, saved):
     """Raises ValueError when a run with configuration `saved` (a dict) cannot be continued under `config`."""
     ours = to_dict(config)
-    other = [f"{name}: {saved.get(name)!r} -> {ours[name]!r}" for name in KEYS if name not in FREE and ours[name] != saved.get(name)]
+    other = [f"{name}: {saved.get(name)!r} -> {ours[name]!r}"
+             for name in KEYS if name not in FREE and ours[name] != saved.get(name)]
     if other:
-        raise ValueError("--resume: the run was started with another configuration, and would not end as it would have; start a new run, "
-                         "or give the old values. Different are " + ", ".join(other))
+        raise ValueError("--resume: the run was started with another configuration, and would not end as it would "
+                         "have; start a new run, or give the old values. Different are " + ", ".join(other))
 
 
-def _nearest(word, known):
+def nearest(word, known):
+    """"did you mean X? ", or nothing."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean {match[0]}? " if match else ""
 

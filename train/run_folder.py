@@ -1,15 +1,16 @@
 """What a run leaves behind: config.yaml, log.jsonl, curves.png, last.pt to continue from and best.pt to use."""
+import contextlib
 import json
 import os
 import re
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import yaml
 from matplotlib.figure import Figure
 
 from train.config import to_dict
+from train.distributed import from_rank_0
 
 RUNS = Path("runs")
 
@@ -17,27 +18,22 @@ RUNS = Path("runs")
 class RunFolder:
     """The folder of one run. Rank 0 writes; on other ranks the writing methods do nothing.
 
-    A checkpoint is a dict of plain types and tensors, so that torch.load(weights_only=True) reads it: model, ema (or None), config,
-    classes, epoch (how many are finished) and history; last.pt also has optimizer and scaler.
-    """
+    A checkpoint is a dict of plain types and tensors, so that torch.load(weights_only=True) reads it: model, ema (or
+    None), config, classes, epoch (how many are finished) and history; last.pt also has optimizer and scaler. """
 
     def __init__(self, path, writes, metrics):
         self.path, self.writes, self.metrics = Path(path), writes, metrics
 
     @classmethod
-    def open(cls, config, resume, rank, world, metrics):
+    def open(cls, config, resume, rank, metrics):
         """Finds or makes the folder on rank 0 and tells the others; an error there is raised on every rank."""
-        found = [None]
+        found = None
         if rank == 0:
             try:
-                found = [_find(config, resume) if resume else _make(config)]
-            except (ValueError, FileNotFoundError) as error:
-                found = [error]
-        if world > 1:
-            dist.broadcast_object_list(found, src=0)
-        if isinstance(found[0], Exception):
-            raise found[0]
-        return cls(found[0], rank == 0, metrics)
+                found = _find(config, resume) if resume else _make(config)
+            except (ValueError, OSError) as error:
+                found = error
+        return cls(from_rank_0(found), rank == 0, metrics)
 
     def load(self):
         """The checkpoint last.pt."""
@@ -46,36 +42,40 @@ class RunFolder:
         except Exception as error:  # damaged bytes make the unpickler raise anything
             raise ValueError(f"--resume: {self.path / 'last.pt'} cannot be read ({error}); start a new run") from error
 
-    def announce(self, config, notes, model, images, held_out, world, device, epoch):
-        """Prints what is about to happen, writes config.yaml, and drops what the log has beyond `epoch` finished ones."""
+    def announce(self, config, notes, model, images, val_images, world, device, epoch):
+        """Prints what is about to happen, writes config.yaml, and drops what the log has beyond `epoch` epochs."""
         text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=1000)
-        (self.path / "config.yaml").write_text(text)
-        log = self.path / "log.jsonl"
-        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        log.write_text("".join(json.dumps(row) + "\n" for row in rows if row["epoch"] < epoch or "step" not in row and row["epoch"] == epoch))
-
+        replace_atomically(self.path / "config.yaml", lambda file: file.write(text.encode()))
+        self._truncate_log(epoch)
         source = f"{config.data}" if config.data else "rendered scenes, because no --data was given"
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"train {config.model}, attn {config.attn or 'default'}, {parameters:,} parameters, on {source}")
-        print(f"  {images} training and {held_out} validation images of {config.num_classes} classes at {config.img_size} px, "
-              f"{config.epochs} epochs in batches of {config.batch_size}, {world} x {device}")
+        print(f"  {images} training and {val_images} validation images of {config.num_classes} classes at "
+              f"{config.img_size} px, {config.epochs} epochs in batches of {config.batch_size}, {world} x {device}")
         for note in notes:
             print("  " + note)
         print(f"  {'continues after epoch ' + str(epoch) + ' in' if epoch else 'writes to'} {self.path}/")
         print("configuration:\n" + "".join("  " + line + "\n" for line in text.splitlines()), flush=True)
 
+    def _truncate_log(self, epoch):
+        log = self.path / "log.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        kept = [row for row in rows if row["epoch"] < epoch or "step" not in row and row["epoch"] == epoch]
+        replace_atomically(log, lambda file: file.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
+
     def log(self, **row):
-        """One line of log.jsonl: a step (step, epoch from 0, loss, lr), or an epoch (epoch from 1, train_loss, val_loss if the task has one, the
-        metrics, images_per_s, memory in bytes)."""
+        """One line of log.jsonl: a step (step, epoch from 0, loss, lr), or an epoch (epoch from 1, train_loss, val_loss
+        if the task has one, the metrics, images_per_s, memory in bytes)."""
         if self.writes:
-            with open(self.path / "log.jsonl", "a") as file:
+            with naming(self.path / "log.jsonl"), open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def save(self, state, best):
+    def save(self, checkpoint, best):
         if self.writes:
-            save_atomically(state, self.path / "last.pt")
+            save_atomically(checkpoint, self.path / "last.pt")
             if best:
-                save_atomically({key: value for key, value in state.items() if key not in ("optimizer", "scaler")}, self.path / "best.pt")
+                weights = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "scaler")}
+                save_atomically(weights, self.path / "best.pt")
             self.plot()
 
     def plot(self):
@@ -86,7 +86,8 @@ class RunFolder:
         at = [row["epoch"] for row in epochs]
         figure = Figure(figsize=(10, 4), layout="constrained")
         losses, accuracy = figure.subplots(1, 2)
-        losses.plot([(row["step"] + 1) / per_epoch for row in steps], [row["loss"] for row in steps], color="0.8", label="step")
+        at_step = [(row["step"] + 1) / per_epoch for row in steps]
+        losses.plot(at_step, [row["loss"] for row in steps], color="0.8", label="step")
         losses.plot(at, [row["train_loss"] for row in epochs], "o-", label="training")
         if "val_loss" in epochs[0]:
             losses.plot(at, [row["val_loss"] for row in epochs], "o-", label="validation")
@@ -100,26 +101,44 @@ class RunFolder:
             axes.grid(alpha=0.3)
             axes.legend()
         figure.suptitle(self.path.name)
-        figure.savefig(self.path / "curves.png", dpi=100)
+        replace_atomically(self.path / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def save_atomically(state, path):
     """torch.save that leaves either the old file or the whole new one, whenever the machine stops."""
-    replace_atomically(path, lambda file: torch.save(state, file))
+    def write(file):
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # it hides what the disk said behind an error of its own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+    replace_atomically(path, write)
 
 
 def replace_atomically(path, write):
-    """write(file) into a binary file that takes the place of `path` when it is whole and on the disk."""
+    """write(file) into a binary file that takes the place of `path` when it is whole and on the disk.
+
+    Raises OSError, naming `path`.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # beside it: a rename between disks is not atomic
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """An OSError in this block names the file, which the one of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _name(config):
@@ -132,7 +151,8 @@ def _make(config):
     if config.out:
         path = Path(config.out)
         if (path / "log.jsonl").exists() or (path / "last.pt").exists():
-            raise ValueError(f"--out {path} already holds a run; continue it with --resume {path}, or name another folder")
+            raise ValueError(f"--out {path} already holds a run; continue it with --resume {path}, or name another "
+                             "folder")
         path.mkdir(parents=True, exist_ok=True)
         return str(path)
     number = 1
@@ -146,16 +166,17 @@ def _make(config):
 
 
 def _find(config, resume):
-    """The folder to continue: `resume` or --out where one is given, else the newest of this name that has a checkpoint."""
+    """The folder to continue: `resume` or --out where one is given, else the newest of this name with a checkpoint."""
     if resume is True and not config.out:
         numbered = re.compile(re.escape(_name(config)) + r"(-\d+)?")
         found = [path.parent for path in RUNS.glob("*/last.pt") if numbered.fullmatch(path.parent.name)]
         if not found:
-            raise FileNotFoundError(f"--resume: no run of {_name(config)} with a checkpoint in {RUNS}/; name its folder, or start without "
-                                    "--resume")
+            raise FileNotFoundError(f"--resume: no run of {_name(config)} with a checkpoint in {RUNS}/; name its "
+                                    "folder, or start without --resume")
         return str(max(found, key=lambda path: (path / "last.pt").stat().st_mtime))
     path = Path(config.out if resume is True else resume)
     path = path.parent if path.is_file() else path
     if not (path / "last.pt").is_file():
-        raise FileNotFoundError(f"--resume {path}: no last.pt there; expected the folder of a run that finished at least one epoch")
+        raise FileNotFoundError(f"--resume {path}: no last.pt there; expected the folder of a run that finished at "
+                                "least one epoch")
     return str(path)

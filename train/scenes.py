@@ -1,8 +1,9 @@
 """Rendered scenes: a data set that needs no download, for trying every part of the project within minutes.
 
-A scene is a textured background with one large shape and, as asked for, small ones. The class of the image, the boxes, the masks and the
-label map come from the same drawing, so that classification, detection and segmentation learn from the same images. Everything
-in a scene is a function of (index, seed): nothing is stored, and any worker on any machine draws the same pixels.
+A scene is a textured background with one large shape and, as asked for, small ones. The class of the image, the boxes,
+the masks and the label map come from the same drawing, so that classification, detection and segmentation learn from
+the same images. Everything in a scene is a function of (index, seed): nothing is stored, and any worker on any machine
+draws the same pixels.
 """
 from dataclasses import dataclass
 
@@ -27,14 +28,15 @@ def draw(index, seed=0, size=48, max_objects=2):
     """Draws scene `index`.
 
     Args:
-        index: which scene, from 0; the class of the image is index modulo the number of classes, so any run of indices is balanced.
+        index: which scene, from 0; the class of the image is index modulo the number of classes, so any run of indices
+            is balanced.
         seed: another seed, another data set.
         size: side of the image in pixels.
-        max_objects: a scene holds one large object and up to max_objects - 1 small ones, painted later. A small object has at
-            most a sixth of the large one's area, and one that would hide more than a tenth of another is left out.
+        max_objects: a scene holds one large object and up to max_objects - 1 small ones, painted later. A small object
+            has at most a sixth of the large one's area. One that would hide more than a tenth of another is left out.
 
-    Shapes are brighter than the background. Colour, texture, position, orientation and size tell nothing about the class. Pixels
-    are averages of 2 x 2 samples.
+    Shapes are brighter than the background. Colour, texture, position, orientation and size tell nothing about the
+    class. Pixels are averages of 2 x 2 samples.
     """
     if size < 16:
         raise ValueError(f"size = {size}; a scene needs at least 16 pixels to show its shapes, use 16 or more")
@@ -75,34 +77,38 @@ def _background(rng, size):
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     pattern = np.zeros((size, size), np.float32)
     for _ in range(2):
-        pattern += _grating(rng, x, y, 8)
-    cells = -(-size // 8)
-    pattern += np.kron(rng.normal(0, 0.7, (8, 8)), np.ones((cells, cells)))[:size, :size]
-    colour, swing = rng.uniform(20, 110, 3), rng.uniform(-14, 14, 3)
-    return (colour + pattern[..., None] * swing).astype(np.float32)
+        pattern += _grating(rng, x, y, max_frequency=8)
+    cell = -(-size // 8)  # pixels; 8 x 8 cells cover the image
+    pattern += np.kron(rng.normal(0, 0.7, (8, 8)), np.ones((cell, cell)))[:size, :size]
+    colour, contrast = rng.uniform(20, 110, 3), rng.uniform(-14, 14, 3)
+    return (colour + pattern[..., None] * contrast).astype(np.float32)
 
 
 def _paint(rng, size):
     """A bright colour with faint stripes -> (size, size, 3) float32."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
-    colour, swing = rng.uniform(130, 240, 3), rng.uniform(-12, 12, 3)
-    return (colour + _grating(rng, x, y, 6)[..., None] * swing).astype(np.float32)
+    colour, contrast = rng.uniform(130, 240, 3), rng.uniform(-12, 12, 3)
+    return (colour + _grating(rng, x, y, max_frequency=6)[..., None] * contrast).astype(np.float32)
 
 
-def _grating(rng, x, y, waves):
-    angle, waves, phase = rng.uniform(0, 2 * np.pi), rng.uniform(2, waves), rng.uniform(0, 2 * np.pi)
-    return np.sin(2 * np.pi * waves * (np.cos(angle) * x + np.sin(angle) * y) + phase).astype(np.float32)
+def _grating(rng, x, y, max_frequency):
+    """A sinusoidal grating, -1 to 1, at a random angle and phase; frequency in waves an image."""
+    angle, frequency, phase = rng.uniform(0, 2 * np.pi), rng.uniform(2, max_frequency), rng.uniform(0, 2 * np.pi)
+    return np.sin(2 * np.pi * frequency * (np.cos(angle) * x + np.sin(angle) * y) + phase).astype(np.float32)
 
 
 def _shape(rng, name, side, size):
-    """Coverage of the pixels (size, size), 0 to 1, by a shape of area side * side at random in the image, turned by up to 30 degrees."""
-    inside, area, reach = SHAPES[name]
+    """Coverage of the pixels (size, size), 0 to 1, by a shape of area side * side.
+
+    It stands at random in the image, turned by up to 30 degrees.
+    """
+    inside, area, radius = SHAPES[name]
     unit = side / np.sqrt(area)  # pixels per unit of the shape's own coordinates
-    margin = min(unit * reach, size / 2)
+    margin = min(unit * radius, size / 2)
     centre = rng.uniform(margin, size - margin, 2)
     angle = rng.uniform(-np.pi / 6, np.pi / 6)
-    at = (np.arange(2 * size, dtype=np.float32) + 0.5) / 2  # two samples a pixel along each axis
-    x, y = (at - centre[0]) / unit, (at[:, None] - centre[1]) / unit
+    samples = (np.arange(2 * size, dtype=np.float32) + 0.5) / 2  # two a pixel along each axis
+    x, y = (samples - centre[0]) / unit, (samples[:, None] - centre[1]) / unit
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     return inside(u, v).reshape(size, 2, size, 2).mean((1, 3), dtype=np.float32)
 
@@ -117,8 +123,11 @@ def _triangle(u, v):  # equilateral, corners on the unit circle
 
 def _star(u, v, notch=0.45):  # tips on the unit circle, notches at radius `notch`
     half = np.pi / 5
-    turn, radius = abs((np.arctan2(v, u) + half) % (2 * half) - half), np.hypot(u, v)  # angle from the nearest tip
-    return (notch * np.cos(half) - 1) * radius * np.sin(turn) - notch * np.sin(half) * (radius * np.cos(turn) - 1) >= 0
+    angle = abs((np.arctan2(v, u) + half) % (2 * half) - half)  # from the nearest tip
+    radius = np.hypot(u, v)
+    # The edge runs from the tip (1, 0) to the notch: inside is where the cross product has the origin's sign.
+    along, across = notch * np.cos(half) - 1, notch * np.sin(half)
+    return along * radius * np.sin(angle) - across * (radius * np.cos(angle) - 1) >= 0
 
 
 def _cross(u, v):
@@ -138,7 +147,7 @@ SHAPES = {
 
 
 def _measured(inside):
-    """(shape, its area, its largest distance from the origin) in the shape's own coordinates."""
+    """(shape, its area, its radius: the largest distance from the origin) in the shape's own coordinates."""
     v, u = np.mgrid[-1.5:1.5:600j, -1.5:1.5:600j]
     hit = inside(u, v)
     return inside, 9 * hit.mean(), np.hypot(u, v)[hit].max()

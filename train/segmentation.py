@@ -1,4 +1,4 @@
-"""The task of semantic segmentation: ADE20K's folders, or rendered scenes, and what is minimised.
+"""The task of semantic segmentation: ADE20K's folders or rendered scenes, and what is minimised.
 
 Augmentation and loss are those of the published configurations (mmsegmentation 0.11's for ADE20K).
 """
@@ -12,101 +12,108 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms.v2 import functional as TF
 
-from eval import ade20k
-from eval.ade20k import evaluate  # noqa: F401  the loop and the command must count alike
-from train import scenes
-from train.data import HELD_OUT_SCENES, SCENES, Scenes, fitted, load_image, resized, to_tensor, with_generator
+from train import data, scenes
 from train.device import autocast
+from train.photographs import fit_size, load_image, resize, to_tensor
 
-METRICS = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}  # the first chooses the best epoch
 IGNORED = 255
 ADE20K_CLASSES = 150
-IMAGES = (".jpg", ".jpeg", ".png")
-
-
-def loss(run, batch, rng):
-    """Cross-entropy of the logits plus auxiliary_weight times that of the auxiliary ones: a scalar."""
-    images, labels = batch
-    with autocast(run.device, run.config.amp):
-        logits, auxiliary = run.runner(images)
-    return pixel_cross_entropy(logits, labels) + run.config.auxiliary_weight * pixel_cross_entropy(auxiliary, labels)
-
-
-def pixel_cross_entropy(logits, labels):
-    """logits (B, C, H, W), labels (B, H, W) int64. As published the mean is over all pixels: ignored ones count, with a loss of 0."""
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
+SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def datasets(config):
-    """(training Dataset with keys (epoch, index), validation Dataset, names of the classes) of a Config."""
-    if config.data is None:
-        return (SegmentationScenes(config.limit or SCENES, config.img_size, config.seed),
-                validation_set(config, SegmentationScenes.classes), SegmentationScenes.classes)
+    """(training Dataset with keys (epoch, index), validation Dataset, names of the classes) of a Config.
+
+    Raises FileNotFoundError or ValueError when the folder does not hold what it should.
+    """
     classes = class_names(config)
-    return AugmentedMaps(folder(config, "training", classes, config.limit), config), validation_set(config, classes), classes
-
-
-def validation_loader(dataset, batch_size, rank, world, workers):
-    """One photograph at a time, whatever the batch size: their sizes differ."""
-    return ade20k.loader(dataset, rank, world, workers)
+    if config.data is None:
+        return Scenes.of(config), validation_set(config, classes), classes
+    training = AugmentedPhotographs(_photographs(config, "training", classes, config.limit), config)
+    return training, validation_set(config, classes), classes
 
 
 def validation_set(config, classes, ratios=(1.0,), flip=False):
-    """Dataset of (views, label map) for eval.ade20k.predict, at the published size: the short side img_size, the long at most 4 times that."""
+    """Dataset for evaluation at the published size: the short side img_size, the long one at most 4 times that.
+
+    Samples: see Views.
+    """
     if config.data is None:
-        return SegmentationScenes(config.val_limit or HELD_OUT_SCENES, config.img_size, config.seed, held_out=True)
-    return Views(folder(config, "validation", classes, config.val_limit), config.img_size, ratios, flip)
+        return Scenes.of(config, validation=True)
+    return Views(_photographs(config, "validation", classes, config.val_limit), config.img_size, ratios, flip)
 
 
-class SegmentationScenes(Scenes):
-    """Rendered scenes with their label maps; background is a class. Keys: (epoch, index) for training, index for the held-out ones.
+def loss(model, batch, config, rng):
+    """Cross-entropy of the logits plus auxiliary_weight times that of the auxiliary ones: a scalar.
 
-    Training: (image (3, size, size) float32, labels (size, size) int64). Held out: as Views.
+    batch: (images, labels). rng: not used.
+    """
+    images, labels = batch
+    with autocast(images.device, config.amp):
+        logits, auxiliary = model(images)
+    return pixel_cross_entropy(logits, labels) + config.auxiliary_weight * pixel_cross_entropy(auxiliary, labels)
+
+
+def pixel_cross_entropy(logits, labels):
+    """logits (B, C, H, W), labels (B, H, W) int64.
+
+    As published the mean is over all pixels: ignored ones count, with a loss of 0.
+    """
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
+
+
+class Scenes(data.Scenes):
+    """Rendered scenes with their label maps; background is a class.
+
+    Training: (image (3, size, size) float32, labels (size, size) int64). Validation: as Views.
     """
     classes = ["background", *scenes.CLASSES]
-    max_objects = 2
 
     def __getitem__(self, key):
         scene = self.draw(key)
         image, labels = to_tensor(scene.image), torch.from_numpy(scene.label_map.astype(np.int64))
-        return ([(image, False)], labels, f"scene{key}") if self.held_out else (image, labels)
+        return ([(image, False)], labels, f"scene{key}") if self.validation else (image, labels)
 
 
-class Folder(Dataset):
-    """ADE20K's layout: DIR/images/SPLIT/x.jpg beside DIR/annotations/SPLIT/x.png, where 0 is unlabelled and 1 is the first class.
+class AdeFolder(Dataset):
+    """ADE20K's layout: DIR/images/SPLIT/x.jpg beside DIR/annotations/SPLIT/x.png, 0 being unlabelled, 1 the first
+    class.
 
-    Items: (RGB image (H, W, 3) uint8, labels (H, W) uint8 with 255 where they are ignored, name).
+    Samples: (RGB image (H, W, 3) uint8, labels (H, W) uint8 with 255 where they are ignored, name).
     """
 
-    def __init__(self, data, split, classes):
-        images, annotations = Path(data) / "images" / split, Path(data) / "annotations" / split
+    def __init__(self, folder, split, classes):
+        images, annotations = Path(folder) / "images" / split, Path(folder) / "annotations" / split
         for path in (images, annotations):
             if not path.is_dir():
-                raise FileNotFoundError(f"--data {data}: no folder {path}; expected ADE20K's layout, images/ and annotations/, each with "
-                                        "training/ and validation/")
-        self.files = [(path, annotations / f"{path.stem}.png") for path in sorted(images.iterdir()) if path.suffix.lower() in IMAGES]
-        if not self.files:
-            raise FileNotFoundError(f"--data {data}: no {', '.join(IMAGES)} in {images}")
-        missing = [str(label) for _, label in self.files if not label.exists()]
+                raise FileNotFoundError(f"--data {folder}: no folder {path}; expected ADE20K's layout, images/ and "
+                                        "annotations/, each with training/ and validation/")
+        files = [path for path in sorted(images.iterdir()) if path.suffix.lower() in SUFFIXES]
+        if not files:
+            raise FileNotFoundError(f"--data {folder}: no {', '.join(SUFFIXES)} in {images}")
+        self.files = [(path, annotations / f"{path.stem}.png") for path in files]
+        missing = [str(label_map) for _, label_map in self.files if not label_map.exists()]
         if missing:
-            raise FileNotFoundError(f"--data {data}: {len(missing)} images have no label map; missing are {', '.join(missing[:5])}")
+            raise FileNotFoundError(f"--data {folder}: {len(missing)} images have no label map; missing are "
+                                    f"{', '.join(missing[:5])}")
         self.classes = classes
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, index):
-        image, label = self.files[index]
-        pixels, labels = np.asarray(load_image(image)), label_map(label)
+        image, label_map = self.files[index]
+        pixels, labels = np.asarray(load_image(image)), read_label_map(label_map)
         if labels.shape != pixels.shape[:2]:
-            raise ValueError(f"{label} is {labels.shape}; expected one channel of the image's size, {pixels.shape[:2]}")
+            raise ValueError(f"{label_map} is {labels.shape}; expected one channel of the image's size, "
+                             f"{pixels.shape[:2]}")
         if labels.max(initial=0) > len(self.classes):
-            raise ValueError(f"{label} has label {labels.max()}; expected 0, unlabelled, to {len(self.classes)}. Other classes need a names "
-                             "file, classes.json or classes.txt, in the folder of the data")
+            raise ValueError(f"{label_map} has label {labels.max()}; expected 0, unlabelled, to {len(self.classes)}. "
+                             "Other classes need a names file, classes.json or classes.txt, in the folder of the data")
         return pixels, labels.astype(np.uint8) - np.uint8(1), image.stem  # 0 wraps around to 255
 
 
-def label_map(path):
+def read_label_map(path):
     """The numbers in a PNG, whether of a palette or grey values."""
     try:
         with Image.open(path) as image:
@@ -115,16 +122,16 @@ def label_map(path):
         raise ValueError(f"{path} cannot be read as a label map ({error}); replace or delete the file") from error
 
 
-def folder(config, split, classes, limit):
-    files = Folder(config.data, split, classes)
+def _photographs(config, split, classes, limit):
+    files = AdeFolder(config.data, split, classes)
     return files if limit is None or limit >= len(files) else Subset(files, range(limit))
 
 
 def class_names(config):
-    """Names of the classes, in order of their labels: DIR/classes.json (a list), DIR/classes.txt (one a line), or ADE20K's own file.
-
-    Without any there are num_classes, else ADE20K's 150, called by their numbers.
-    """
+    """Names of the classes, in order of their labels: DIR/classes.json (a list), DIR/classes.txt (one a line), or
+    ADE20K's own file. Without any there are num_classes, else ADE20K's 150, called by their numbers. """
+    if config.data is None:
+        return Scenes.classes
     root = Path(config.data)
     if not root.is_dir():
         raise FileNotFoundError(f"--data {config.data}: no such folder; expected one with images/ and annotations/")
@@ -135,36 +142,41 @@ def class_names(config):
     elif (root / "classes.txt").exists():
         names = [line.strip() for line in (root / "classes.txt").read_text().splitlines() if line.strip()]
     elif (root / "objectInfo150.txt").exists():  # tab-separated, a title, the name last
-        names = [line.split("\t")[-1].strip() for line in (root / "objectInfo150.txt").read_text().splitlines()[1:]]
+        lines = (root / "objectInfo150.txt").read_text().splitlines()[1:]
+        names = [line.split("\t")[-1].strip() for line in lines]
     else:
         names = [str(number) for number in range(1, (config.num_classes or ADE20K_CLASSES) + 1)]
     if not 0 < len(names) < IGNORED:
-        raise ValueError(f"{root} names {len(names)} classes; expected 1 to {IGNORED - 1}, as many as fit beside 'unlabelled' into a PNG")
+        raise ValueError(f"{root} names {len(names)} classes; expected 1 to {IGNORED - 1}, as many as fit beside "
+                         "'unlabelled' into a PNG")
     return names
 
 
-class AugmentedMaps(Dataset):
-    """Photographs and label maps for training, with keys (epoch, index): ((3, size, size) float32, (size, size) int64)."""
+class AugmentedPhotographs(Dataset):
+    """Photographs and label maps for training, keys (epoch, index): ((3, size, size) float32, (size, size) int64)."""
 
-    def __init__(self, files, config):
-        self.files, self.config = files, config
+    def __init__(self, photographs, config):
+        self.photographs, self.config = photographs, config
 
     def __len__(self):
-        return len(self.files)
+        return len(self.photographs)
 
     def __getitem__(self, key):
         epoch, index = key
-        pixels, labels, _ = self.files[index]
-        return with_generator((self.config.seed, epoch, index), augment, pixels, labels, self.config)
+        pixels, labels, _ = self.photographs[index]
+        return data.with_generator((self.config.seed, epoch, index), augment, pixels, labels, self.config)
 
 
 def augment(pixels, labels, config):
-    """Resize by a random ratio, crop, flip, distort colours, pad -> (image (3, size, size) float32, labels (size, size) int64)."""
+    """Resize by a random ratio, crop, flip, distort colours, pad.
+
+    -> (image (3, size, size) float32, labels (size, size) int64)
+    """
     size = config.img_size
     low, high = config.resize
     ratio = low + (high - low) * float(torch.rand(()))
-    H, W = fitted(*labels.shape, size * ratio, 4 * size * ratio)
-    image = Image.fromarray(resized(pixels, (H, W)))
+    H, W = fit_size(*labels.shape, size * ratio, 4 * size * ratio)
+    image = Image.fromarray(resize(pixels, (H, W)))
     labels = F.interpolate(torch.from_numpy(labels)[None, None], (H, W), mode="nearest")[0, 0]
     for _ in range(10):  # a crop nearly all of one class teaches little
         top, left = int(torch.randint(max(1, H - size + 1), ())), int(torch.randint(max(1, W - size + 1), ()))
@@ -190,36 +202,40 @@ def distort(image):
     if brightness is not None:
         image = image.point([min(255, max(0, round(value + brightness))) for value in range(256)] * 3)
     if contrast is not None and early:
-        image = _scaled(image, contrast)
+        image = _scale_contrast(image, contrast)
     if saturation is not None:
         image = TF.adjust_saturation(image, saturation)
     if hue is not None:
         image = TF.adjust_hue(image, hue)
-    return _scaled(image, contrast) if contrast is not None and not early else image
+    return _scale_contrast(image, contrast) if contrast is not None and not early else image
 
 
-def _scaled(image, factor):  # as published: about black, not about the mean
+def _scale_contrast(image, factor):  # as published: about black, not about the mean
     return image.point([min(255, round(value * factor)) for value in range(256)] * 3)
 
 
 class Views(Dataset):
-    """What is shown to a segmenter: ([(image (3, h, w) float32, whether mirrored), ...], labels (H, W) int64, name) of each photograph."""
+    """What is shown to a segmenter of each photograph.
 
-    def __init__(self, files, size, ratios, flip):
-        self.files, self.size, self.ratios, self.flip = files, size, ratios, flip
+    Samples: ([(image (3, h, w) float32, whether mirrored), ...], labels (H, W) int64, name).
+    """
+
+    def __init__(self, photographs, size, ratios, flip):
+        self.photographs, self.size, self.ratios, self.flip = photographs, size, ratios, flip
 
     def __len__(self):
-        return len(self.files)
+        return len(self.photographs)
 
     def __getitem__(self, index):
-        pixels, labels, name = self.files[index]
+        pixels, labels, name = self.photographs[index]
         return views(pixels, self.size, self.ratios, self.flip), torch.from_numpy(labels.astype(np.int64)), name
 
 
-def views(pixels, size, ratios, flip):
-    """[(image (3, h, w) float32, whether mirrored), ...] of a photograph (H, W, 3) uint8, each ratio plain, then mirrored if `flip`."""
-    shown = []
+def views(pixels, size, ratios=(1.0,), flip=False):
+    """[(image (3, h, w) float32, whether mirrored), ...] of a photograph (H, W, 3) uint8: each ratio plain, then
+    mirrored if `flip`."""
+    images = []
     for ratio in ratios:
-        view = to_tensor(resized(pixels, fitted(*pixels.shape[:2], size * ratio, 4 * size * ratio)))
-        shown += [(view, False), (view.flip(2), True)] if flip else [(view, False)]
-    return shown
+        image = to_tensor(resize(pixels, fit_size(*pixels.shape[:2], size * ratio, 4 * size * ratio)))
+        images += [(image, False), (image.flip(2), True)] if flip else [(image, False)]
+    return images

@@ -1,0 +1,56 @@
+"""`run.py eval`: one model on one data set, its scores printed."""
+import math
+
+from eval.options import load_model, make_parser, settle
+from eval.tasks import TASKS, task_of
+from train.data import num_workers
+from train.distributed import join_ranks, leave_ranks
+
+
+def main(argv):
+    """Evaluates what the command line says, and returns the result of the task's evaluate()."""
+    parser = make_parser("run.py eval", "Evaluate a classifier, a segmenter or a detector.")
+    parser.add_argument("--multi-scale", action="store_true", help="segmenters: mean over six scales, each mirrored "
+                                                                   "too")
+    parser.add_argument("--dump", metavar="PATH", help="segmenters: folder for the predictions, PNGs where 1 is the "
+                                                       "first class; detectors: file for the detections, COCO's "
+                                                       "results JSON")
+    given = vars(parser.parse(argv))
+    weights, multi_scale, dump = (given.pop(name) for name in ("weights", "multi_scale", "dump"))
+    config, classes = settle(given, weights)
+    for option, wanted, offered in (("--multi-scale", multi_scale, "MULTI_SCALE"), ("--dump", dump, "DUMPS")):
+        able = [f"{task.model}s" for task in TASKS.values() if getattr(task.evaluation, offered)]
+        task = task_of(config.model)
+        if wanted and f"{task.model}s" not in able:
+            raise ValueError(f"{option} is for {' and '.join(able)}; {config.model} is a {task.model}")
+    return run(config, weights, classes, multi_scale, dump)
+
+
+def run(config, weights, classes, multi_scale=False, dump=None):
+    """Prints the scores of a model, and returns the result of its task's evaluate().
+
+    config: Config. weights: file or None. classes: names of the checkpoint's classes, or None. multi_scale, dump: see
+    the task's module. """
+    rank, world, device = join_ranks(config.device)
+    try:
+        evaluation = task_of(config.model).evaluation
+        dataset, classes = evaluation.dataset(config, classes, **({"multi_scale": True} if multi_scale else {}))
+        config.num_classes = config.num_classes or len(classes)
+        if config.num_classes < len(classes):
+            raise ValueError(f"num_classes = {config.num_classes}, but the data has {len(classes)}; expected at least "
+                             "as many")
+        model = load_model(config, weights).to(device)
+        loader = evaluation.loader(dataset, math.ceil(config.batch_size / world), rank, world, num_workers(config))
+        if rank == 0:
+            size = "at" if task_of(config.model).model == "classifier" else "short side"
+            views = ", 6 scales, each mirrored too" if multi_scale else ""
+            print(f"eval {config.model}, attn {config.attn or 'default'}, "
+                  f"{weights or 'UNTRAINED: no --weights were given'}\n  {len(dataset)} images of "
+                  f"{config.data or 'held-out rendered scenes'}, {size} {config.img_size} px{views}, "
+                  f"{config.num_classes} classes, {world} x {device}", flush=True)
+        result = evaluation.evaluate(model, loader, device, config.amp, dump)
+        if rank == 0:
+            print(evaluation.table(result, classes))
+        return result
+    finally:
+        leave_ranks()

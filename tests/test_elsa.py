@@ -1,0 +1,93 @@
+"""models/elsa.py: the layer against the published numbers and against its definition written out naively."""
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.elsa import ELSA
+from published import GOLDEN, assert_close
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_elsa_layer_equals_the_published_one(case):
+    options = json.loads((GOLDEN / "module_cases.json").read_text())[case]
+    arrays = np.load(GOLDEN / "module.npz")
+
+    def array(name):
+        return torch.tensor(arrays[f"m{case}_{name}"], dtype=torch.float64)
+
+    layer = ELSA(**options).double()
+    layer.load_state_dict({name: array(f"param.{name}") for name, _ in layer.named_parameters()})
+    assert sum(key.startswith(f"m{case}_param.") for key in arrays.files) == len(list(layer.parameters()))
+    x = array("x").requires_grad_()
+    out = layer(x)
+    out.backward(array("grad_out"))
+    assert_close("out", array("out"), out.detach(), 1e-9)
+    assert_close("dx", array("dx"), x.grad, 1e-9)
+    for name, parameter in layer.named_parameters():
+        assert_close(name, array(f"grad.{name}"), parameter.grad, 1e-9)
+
+
+def naive_elsa(layer, x, scale, group_width, lam, gamma):
+    """The layer from its parameters, with a copy of v per tap. Channels-first inside."""
+    k, s, d, G, Q = layer.kernel_size, layer.stride, layer.dilation, layer.num_heads, layer.dim_qk
+    pad = k // 2 * d
+    qkv = F.conv2d(x.permute(0, 3, 1, 2), layer.pre_proj.weight, layer.pre_proj.bias)
+    q, k_, v = qkv.split((Q, Q, layer.dim_v), dim=1)
+    h = F.avg_pool2d(q * k_ * scale, s)
+    z = F.gelu(F.conv2d(h, layer.attn[0].weight, layer.attn[0].bias, padding=pad, dilation=d, groups=Q // group_width))
+    logits = F.conv2d(z, layer.attn[2].weight, layer.attn[2].bias, groups=layer.attn[2].groups)
+    B, _, Ho, Wo = logits.shape
+    a = logits.reshape(B, G, k * k, Ho * Wo).softmax(2).repeat_interleave(layer.dim_v // G, dim=1)  # (B, C, K, P)
+    ghosts = list(layer.ghost_head.reshape(-1, 1, layer.dim_v, k * k, 1)) if layer.ghost_head is not None else []
+    mul = ghosts.pop(0) ** lam if lam else 1
+    add = ghosts.pop(0) * gamma if gamma else 0
+    taps = F.unfold(v, k, dilation=d, padding=pad).reshape(B, layer.dim_v, k * k, *x.shape[1:3])
+    taps = taps[..., ::s, ::s][..., :Ho, :Wo].flatten(3)
+    out = (taps * (a * mul + add)).sum(2).reshape(B, -1, Ho, Wo)
+    return layer.post_proj(out.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("options", [
+    dict(dim=16, num_heads=2, kernel_size=3),
+    dict(dim=16, num_heads=2, kernel_size=3, stride=2, group_width=4, qkv_bias=True, qk_scale=1),
+    dict(dim=16, num_heads=3, dim_qk=10, dim_v=12, kernel_size=5, dilation=2, group_width=4, lam=2, gamma=0.5),
+    dict(dim=12, num_heads=2, kernel_size=3, groups=2, lam=0, gamma=-2),
+    dict(dim=12, num_heads=2, dim_v=6, kernel_size=3, stride=3, lam=3, gamma=0),
+])
+def test_elsa_layer_equals_its_definition(options):
+    torch.manual_seed(0)
+    layer = ELSA(**options).double()
+    group_width = options.get("group_width", 8)
+    excess = layer.dim_qk - options.get("dim_qk", options["dim"] // 3 * 2)
+    assert layer.dim_qk % group_width == 0 and 0 <= excess < group_width
+    x = torch.randn(2, 9, 11, options["dim"], dtype=torch.float64, requires_grad=True)
+    scale = options.get("qk_scale", (layer.dim_v / options["num_heads"]) ** -0.5)
+    inputs = [x, *layer.parameters()]
+    expected = naive_elsa(layer, x, scale, group_width, options.get("lam", 1), options.get("gamma", 1))
+    result = layer(x)
+    grad_out = torch.randn_like(expected)
+    assert_close("out", expected, result, 1e-12)
+    references = torch.autograd.grad(expected, inputs, grad_out)
+    gradients = torch.autograd.grad(result, inputs, grad_out)
+    for name, reference, gradient in zip(["x", *dict(layer.named_parameters())], references, gradients):
+        assert_close(name, reference, gradient, 1e-11)
+
+
+def test_attention_dropout_acts_between_softmax_and_aggregation():
+    layer = ELSA(16, 2, kernel_size=3, gamma=0, attn_drop=0.5).double()
+    x = torch.randn(1, 6, 7, 16, dtype=torch.float64)
+    seen = []
+
+    def double(a):
+        seen.append(a)
+        return 2 * a
+
+    undropped = layer.eval()(x)
+    layer.train().attn_drop.forward = double
+    bias = layer.post_proj.bias
+    assert_close("out", 2 * (undropped - bias) + bias, layer(x), 1e-12)
+    assert_close("sum over the taps", torch.ones(1, 2, 6, 7, dtype=torch.float64), seen[0].sum(2), 1e-12)
+    assert seen[0].shape == (1, 2, 9, 6, 7)

@@ -1,0 +1,125 @@
+"""The loop: what it computes, what it writes, and how it goes on."""
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from eval import imagenet
+from train import classification
+from train.classification import mixed_cross_entropy
+from train.config import resolve
+from train.run_folder import save_atomically
+from training import ROOT, TINY, assert_same, checkpoint, rows, tiny, train
+
+
+def test_crash_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    save_atomically({"epoch": 1}, path)
+
+    def crash(state, file):
+        file.write(b"half of it")
+        raise OSError("disk full")
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(OSError, match="disk full"):
+        save_atomically({"epoch": 2}, path)
+    assert torch.load(path, weights_only=True) == {"epoch": 1} and os.listdir(tmp_path) == ["last.pt"]
+
+
+@pytest.mark.parametrize("attn, amp", [("elsa", "none"), ("window", "fp16")])
+def test_resumed_run_ends_bit_identical(tmp_path, monkeypatch, attn, amp):
+    options = dict(attn=attn, amp=amp, epochs=3, limit=16, drop_path_rate=0.2, mixup=0.8, cutmix=1.0,
+                   label_smoothing=0.1, clip_grad=1.0, ema=0.9, accumulate=2)
+    train(tiny(out=str(tmp_path / "whole"), **options))
+
+    finished, evaluate = [], imagenet.evaluate
+
+    def power_cut(*arguments):
+        finished.append(1)
+        if len(finished) == 2:
+            raise RuntimeError("power cut")
+        return evaluate(*arguments)
+    monkeypatch.setattr(imagenet, "evaluate", power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tiny(out=str(tmp_path / "cut"), **options))
+    monkeypatch.setattr(imagenet, "evaluate", evaluate)
+    train(tiny(out=str(tmp_path / "cut"), **options), resume=True)
+
+    whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
+    for name in ("model", "ema", "optimizer", "scaler", "epoch"):
+        assert_same(whole[name], cut[name])
+    assert amp != "fp16" or whole["scaler"]["_growth_tracker"] == 6  # steps that did not overflow
+    strip = lambda row: {name: value for name, value in row.items() if name not in ("images_per_s", "memory")}  # noqa: E731
+    assert [strip(row) for row in rows(tmp_path / "whole")] == [strip(row) for row in rows(tmp_path / "cut")]
+    assert {"last.pt", "best.pt", "log.jsonl", "curves.png", "config.yaml"} == set(os.listdir(tmp_path / "cut"))
+
+
+def test_resume_refuses_another_configuration(tmp_path):
+    out = str(tmp_path / "run")
+    train(tiny(out=out, epochs=1))
+    with pytest.raises(ValueError, match="lr: 0.001 -> 0.002"):
+        train(tiny(out=out, epochs=1, lr=2e-3), resume=True)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(tiny(out=out, epochs=1))
+    with pytest.raises(FileNotFoundError, match="no last.pt"):
+        train(tiny(), resume=str(tmp_path / "absent"))
+
+
+def test_accumulation_changes_losses_by_rounding_alone(tmp_path):
+    train(tiny(out=str(tmp_path / "one"), epochs=1))
+    train(tiny(out=str(tmp_path / "two"), epochs=1, accumulate=2))
+    one, two = ([row["loss"] for row in rows(tmp_path / name) if "step" in row] for name in ("one", "two"))
+    assert len(one) == 3 and one == pytest.approx(two, rel=1e-5)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_epoch(tmp_path, monkeypatch):
+    calls = []
+
+    def loss(*arguments):
+        calls.append(1)
+        return mixed_cross_entropy(*arguments) * (math.nan if len(calls) == 5 else 1)
+    monkeypatch.setattr(classification, "mixed_cross_entropy", loss)
+    with pytest.raises(FloatingPointError, match=r"step 4 \(epoch 2.*is nan.*last losses: \d.*nan"):
+        train(tiny(out=str(tmp_path / "run")))
+    assert checkpoint(tmp_path / "run")["epoch"] == 1
+
+
+def test_gradients_are_clipped_in_their_own_units(tmp_path, monkeypatch):
+    """fp16 multiplies the loss, and so the gradients, by 65,536 until the optimiser's step."""
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *arguments: norms.append(float(clip(*arguments))))
+    for amp in ("none", "fp16"):
+        train(tiny(out=str(tmp_path / amp), epochs=1, limit=8, clip_grad=1.0, warmup_epochs=0, amp=amp))
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_autocast_trains(tmp_path, amp):
+    history = train(tiny(out=str(tmp_path / "run"), epochs=1, amp=amp))
+    assert math.isfinite(history[0]["train_loss"])
+
+
+def test_batch_must_fit_data_and_split(tmp_path):
+    with pytest.raises(ValueError, match="--batch-size 24 or less"):
+        train(tiny(batch_size=25))
+    with pytest.raises(ValueError, match="multiple of 3"):
+        train(tiny(batch_size=8, accumulate=3))
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    """The same images in a step; 9 images of validation, which 2 does not divide."""
+    config, _ = resolve({**TINY, "attn": "elsa", "out": str(tmp_path / "one")})  # as the command line below resolves it
+    train(config)
+    arguments = [f"--{name}={value}" for name, value in {**TINY, "attn": "elsa"}.items() if name != "model"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "1"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, "run.py", "train", "swin_t", *arguments, "--out", str(tmp_path / "two")], cwd=ROOT,
+                   env=environment, check=True, timeout=170, capture_output=True)
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    losses = [[row["loss"] for row in run if "step" in row] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for ours, theirs in zip([row for row in one if "top1" in row], [row for row in two if "top1" in row], strict=True):
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)  # a doubled or lost image would show

@@ -1,0 +1,103 @@
+"""Ranks: how the processes that torchrun started find each other, and what they tell each other."""
+import os
+
+import torch
+import torch.distributed as dist
+
+import kernels
+from train.device import autocast, memory_format
+
+
+def join_ranks(device="auto"):
+    """(rank, world size, torch.device) of this process. Under torchrun it joins the others."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda', but torch sees no GPU; use --device cpu, or install torch for this GPU's "
+                         "driver")
+    kind = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
+    world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"{world} ranks, but this machine has {torch.cuda.device_count()} GPUs; start one rank per "
+                         "GPU")
+    device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        # of what autocast leaves in float32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return (dist.get_rank() if world > 1 else 0), world, device
+
+
+def leave_ranks():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_rank_0(value):
+    """Rank 0's `value`, an object that can be pickled, on every rank; an exception is raised on every rank."""
+    if dist.is_initialized():
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        value = box[0]
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+def sum_over_ranks(tensor):
+    """The sum of all ranks' tensors, on each of them; alone the tensor itself."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean_over_ranks(scalar):
+    """The mean of all ranks' scalar tensors, a float, the same on each."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return float(sum_over_ranks(scalar)) / ranks
+
+
+def max_over_ranks(number, device):
+    """The largest of all ranks' numbers."""
+    largest = torch.tensor(number, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
+
+
+def gather(parts):
+    """The lists of all ranks, joined, on every rank."""
+    if not dist.is_initialized():
+        return parts
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, parts)
+    return [part for rank in gathered for part in rank]
+
+
+def broadcast_buffers(model):
+    """Gives all ranks rank 0's statistics of batch norm: those that will be saved and evaluated."""
+    for buffer in model.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)
+
+
+def tune_kernels(model, batch_size, img_size, amp, rank, device):
+    """Lets the kernels choose their configurations before the first step, on rank 0; the others take over its choices.
+
+    Ranks that tuned apart, in the middle of a step, could wait for each other for ever. The CPU has nothing to tune.
+    """
+    if device.type != "cuda":
+        return
+    if rank == 0:
+        images = torch.zeros(batch_size, 3, img_size, img_size, device=device).to(memory_format=memory_format(device))
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # statistics of batch norm
+        with torch.random.fork_rng(devices=[device]):
+            for training in (True, False):
+                model.train(training)
+                with autocast(device, amp), torch.set_grad_enabled(training):
+                    out = getattr(model, "backbone", model)(images)
+                if training:
+                    sum(part.float().mean() for part in (out if isinstance(out, tuple) else (out,))).backward()
+        model.zero_grad(set_to_none=True)
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    kernels.set_tuned(from_rank_0(kernels.tuned()))
