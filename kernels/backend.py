@@ -6,25 +6,22 @@ import os
 
 import torch
 
-MAX_GROUP_WIDTH = 128  # channels of a group: the tiles of the convolution's kernels have to fit into shared memory
+from kernels import cpu
 
-
-def interpreted():
-    """Whether CPU tensors are to go through the Triton kernels, in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+MAX_GROUP_WIDTH = 128  # channels of a group in the convolution's kernels, whose tiles have no more columns
 
 
 def uses_triton(x):
-    return x.is_cuda or interpreted()
+    """On CUDA always, on a CPU if TRITON_INTERPRET=1 asks for Triton's interpreter."""
+    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def aggregation(v):
     """The module whose forward and backward aggregate v."""
     if uses_triton(v):
-        from kernels import aggregation as module
-    else:
-        from kernels import cpu as module
-    return module
+        from kernels import aggregation
+        return aggregation
+    return cpu
 
 
 def has_convolution(q, weight):
@@ -34,8 +31,8 @@ def has_convolution(q, weight):
 
 def convolution():
     """The module whose forward and backward make the attention maps."""
-    from kernels import convolution as module
-    return module
+    from kernels import convolution
+    return convolution
 
 
 def on_device_of(x):

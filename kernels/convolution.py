@@ -1,13 +1,16 @@
 """Launching Hadamard attention's kernels: padded images, weights as matrices, and what the tuner may choose from."""
+import os
+
 import torch
 import torch.nn.functional as F
 import triton
 
-from kernels import backend, tuning
+from kernels import tuning
 from kernels.convolution_kernels import dqk_kernel, dweight_kernel, hadamard_kernel, pad_kernel
 
 MIN_DOT = 16  # side of the smallest product that tl.dot takes
 MAX_BLOCK_P = 128  # pixels of a product
+MAX_COLUMNS = 128  # of a tile, neighbours times channels: it has to fit into shared memory
 SPLIT_SIZE = 2048  # pixels that one program of dweight_kernel sums, a multiple of MAX_BLOCK_P
 
 
@@ -89,9 +92,10 @@ class _Geometry:
         self.pitch = self.W + self.edge
         tiled = triton.cdiv(self.H * self.pitch, MAX_BLOCK_P) * MAX_BLOCK_P
         self.length = tiled + 2 * self.edge * (self.pitch + 1)  # as far as the last program reads
-        self.dtype = torch.float32 if backend.interpreted() else q.dtype  # the interpreter gets 16-bit products wrong
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        self.dtype = torch.float32 if interpreted else q.dtype  # the interpreter gets 16-bit products wrong
         BLOCK_C = max(MIN_DOT, triton.next_power_of_2(self.channels))
-        BLOCK_J = min(triton.next_power_of_2(self.kernel_size), max(1, backend.MAX_GROUP_WIDTH // BLOCK_C))
+        BLOCK_J = min(triton.next_power_of_2(self.kernel_size), max(1, MAX_COLUMNS // BLOCK_C))
         BLOCKS_PER_ROW = triton.cdiv(self.kernel_size, BLOCK_J)
         self.num_products = self.kernel_size * BLOCKS_PER_ROW
         self.matrix_shape = self.num_blocks, self.kernel_size, BLOCKS_PER_ROW * BLOCK_J, BLOCK_C, BLOCK_C
