@@ -60,10 +60,14 @@ def test_counts_stay_exact_beyond_float32_and_float64_sums_of_ones():
 
 
 class Colours(torch.nn.Module):
-    """Sees class c where channel c is the largest."""
+    """Sees class c where channel c is the largest, the surer the larger `gain` is."""
+
+    def __init__(self, gain=50):
+        super().__init__()
+        self.gain = gain
 
     def forward(self, images):
-        return 50 * images
+        return self.gain * images
 
 
 def test_multi_scale_and_flip_of_one_colour_are_that_colour():
@@ -81,6 +85,33 @@ def test_mirrored_views_are_mirrored_back():
     views = segmentation.views(pixels, 16, (1.0,), flip=True)
     predicted = ade20k.predict(Colours(), views, (16, 32)).argmax(0)
     assert (predicted[:, :15] == 0).all() and (predicted[:, 17:] == 2).all()
+
+
+def test_loss_is_the_mean_over_labelled_pixels_and_dumps_are_what_was_predicted(photos, tmp_path):
+    dataset, _ = ade20k.dataset(segmenter(data=str(photos), val_limit=None), None)
+    loader = ade20k.loader(dataset, 1, 0, 1, 0)
+    result = ade20k.evaluate(Colours(0.5), loader, torch.device("cpu"), dump=tmp_path / "out")
+    total = pixels = right = 0
+    for views, labels, name in (dataset[i] for i in range(3)):
+        (image, _), = views
+        logits = torch.nn.functional.interpolate(image[None] / 2, labels.shape, mode="bilinear")[0]
+        chosen, labelled = logits.argmax(0), labels != 255
+        total += torch.nn.functional.cross_entropy(logits.flatten(1).T[labelled.flatten()], labels[labelled],
+                                                   reduction="sum").item()
+        pixels, right = pixels + int(labelled.sum()), right + int((chosen == labels)[labelled].sum())
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"{name}.png")), chosen + 1)
+    assert result["loss"] == pytest.approx(total / pixels, rel=1e-5) and result["loss"] > 0.01
+    assert result["pixel_accuracy"] == pytest.approx(100 * right / pixels)
+
+
+def test_many_scales_are_six_and_each_is_mirrored(photos):
+    config = segmenter(data=str(photos))
+    (image, mirrored), = ade20k.dataset(config, None)[0][0][0]
+    views = ade20k.dataset(config, None, multi_scale=True)[0][0][0]
+    assert not mirrored and torch.equal(views[4][0], image)  # ratio 1 is the third
+    assert [min(shown.shape[1:]) for shown, _ in views[::2]] == [16, 24, 32, 40, 48, 56]
+    for (plain, first), (flipped, second) in zip(views[::2], views[1::2]):
+        assert not first and second and torch.equal(flipped, plain.flip(2))
 
 
 # The commands
@@ -105,10 +136,13 @@ def test_eval_repeats_the_scores_of_training_and_dumps_label_maps(photos, traine
         assert dumped.shape == labels.shape and 1 <= dumped.min() and dumped.max() <= 3
 
 
-def test_eval_at_many_scales(photos, trained, capsys):
+def test_eval_at_many_scales(photos, trained, capsys, monkeypatch):
+    seen, predict = [], ade20k.predict
+    monkeypatch.setattr(ade20k, "predict", lambda model, views, *rest: seen.append(len(views)) or predict(
+        model, views, *rest))
     arguments = ["eval", "upernet_swin_t", "--weights", trained[0], "--data", str(photos), "--multi-scale"]
     assert main(arguments) == 0
-    assert "6 scales" in capsys.readouterr().out
+    assert "6 scales" in capsys.readouterr().out and seen == [12] * 3
 
 
 def test_predict_names_the_classes_and_their_shares(photos, trained, tmp_path):

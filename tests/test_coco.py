@@ -94,8 +94,12 @@ def test_the_twelve_numbers_are_pycocotools(seed, images, objects, classes):
     result = coco.scores(photographs, classes)
     for ours, expected in zip((result["box"], result["mask"]), of_pycocotools(photographs, classes)):
         assert list(ours.values()) == pytest.approx(expected, abs=1e-9, nan_ok=True)
-    boxes = [box for box, _ in result["classes"]] or [np.nan]
-    assert result["box_ap"] == pytest.approx(np.nanmean(boxes), nan_ok=True)
+    boxes, masks = zip(*result["classes"])
+    assert result["box_ap"] == pytest.approx(np.nanmean(boxes or [np.nan]), nan_ok=True)
+    assert result["mask_ap"] == pytest.approx(np.nanmean(masks or [np.nan]), nan_ok=True)
+    history = [result[metric] for metric in coco.METRICS]
+    expected = [result["box"]["AP"], result["box"]["AP50"], result["mask"]["AP"]]
+    assert history == pytest.approx(expected, nan_ok=True)
 
 
 def test_nothing_detected_is_an_ap_of_zero():
@@ -132,6 +136,30 @@ def test_what_is_there_scores_100(photos):
     assert result["images"] == 4
     assert result["classes"][:2] == [(pytest.approx(100), pytest.approx(100))] * 2
     assert np.isnan(result["classes"][2][0])
+
+
+def test_pycocotools_finds_100_in_the_dump_of_what_is_there(photos, tmp_path):
+    validation, _ = detection.validation_set(Config(data=str(photos), img_size=64, val_limit=None))
+    loader, dump = coco.loader(validation, 1, 0, 1, 0), tmp_path / "out" / "found.json"
+    coco.evaluate(Oracle(validation), loader, torch.device("cpu"), dump=dump)
+    truth = COCO(str(photos / "annotations" / "instances_val2017.json"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        for kind in ("bbox", "segm"):
+            evaluation = COCOeval(truth, truth.loadRes(str(dump)), kind)
+            evaluation.params.areaRng, evaluation.params.areaRngLbl = [[50, 1e10]], ["all"]  # not the slivers
+            evaluation.evaluate()
+            evaluation.accumulate()
+            precision = evaluation.eval["precision"]
+            assert precision[precision > -1].mean() == pytest.approx(1)
+            assert (precision > -1).any((0, 1, 3, 4)).sum() == 2  # of the classes
+
+
+def test_classes_of_the_checkpoint_have_to_be_those_of_the_data_in_their_order(photos):
+    config = Config(data=str(photos), img_size=64)
+    for names in (None, ["green", "red", "blue"]):
+        assert coco.dataset(config, names)[1] == ["green", "red", "blue"]
+    with pytest.raises(ValueError, match=r"The first that differ: \[\('red', 'green'\), \('green', 'red'\)\]"):
+        coco.dataset(config, ["red", "green", "blue"])
 
 
 # The commands

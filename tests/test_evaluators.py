@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from training import detector, over_ranks, segmenter, tiny
 
-from eval import ade20k, coco, evaluate, imagenet
+from eval import ade20k, coco, evaluate, imagenet, options
 from eval.tasks import TASKS, task_of
+from train.config import Config, read_recipe, recipe_path, to_dict
 
 CPU = torch.device("cpu")
 IMAGES = 5
@@ -102,6 +103,16 @@ def test_scores_over_ranks_are_those_of_one(configuration, evaluation, model, wo
         assert result.get("results") == expected.get("results")  # of a detector: all it found, in the same order
 
 
+@each_task
+@pytest.mark.parametrize("amp, expected", [("none", False), ("bf16", True)])
+def test_models_are_evaluated_under_autocast_as_asked(configuration, evaluation, model, amp, expected):
+    model, seen = model(), []
+    answer = model.answer
+    model.answer = lambda *inputs: seen.append(torch.is_autocast_enabled("cpu")) or answer(*inputs)
+    evaluation.evaluate(model, loaded(configuration, evaluation), CPU, amp)
+    assert set(seen) == {expected}
+
+
 def comparable(result):
     """The numbers of a result, but for the time that it took."""
     flat = {}
@@ -130,3 +141,57 @@ def test_eval_scores_the_model_of_the_configuration_on_the_part_asked_for(config
     assert "2 images of held-out rendered scenes" in printed and f"{config.img_size} px, 11 classes, 1 x cpu" in printed
     task = task_of(config.model)
     assert ("short side" in printed) == (task.model != "classifier") and "UNTRAINED" in printed
+
+
+@each_task
+def test_eval_hands_on_what_was_asked_for(configuration, evaluation, model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *given: seen.append(given) or {"images": 2})
+    monkeypatch.setattr(evaluation, "table", lambda *given: "")
+    config = configuration(val_limit=2, amp="bf16", batch_size=7)
+    evaluate.run(config, None, None, dump="there")
+    (_, loader, device, amp, dump), = seen
+    assert (device, amp, dump) == (CPU, "bf16", "there") and len(loader.dataset) == 2
+    assert loader.batch_size == (7 if evaluation is imagenet else None)
+
+
+# What a checkpoint says
+
+@pytest.fixture
+def weights(tmp_path):
+    """A checkpoint of a model that differs from the defaults in all that a checkpoint settles."""
+    config = tiny(num_classes=3, crop_pct=0.5, seed=5, batch_size=8, val_limit=7)
+    model = options.load_model(config, None)
+    content = {"model": model.state_dict(), "ema": None, "config": to_dict(config), "classes": ["a", "b", "c"]}
+    torch.save(content, tmp_path / "last.pt")
+    return str(tmp_path / "last.pt"), config, model
+
+
+def test_the_checkpoint_settles_the_model_and_the_command_line_the_rest(weights):
+    path, trained, model = weights
+    config, classes = options.settle({"model": None, "amp": "bf16"}, path)
+    assert classes == ["a", "b", "c"] and config.model == "swin_t" and config.amp == "bf16"
+    for name in options.TRAINED:
+        assert getattr(config, name) == getattr(trained, name) != getattr(Config(), name), name
+    assert (config.val_limit, config.batch_size, config.device) == (None, 128, "auto")
+    loaded = options.load_model(config, path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_command_line_is_over_the_checkpoint(weights):
+    config, _ = options.settle({"model": "swin_t", "img_size": "24", "seed": "1", "data": "there"}, weights[0])
+    assert (config.img_size, config.seed, config.data, config.crop_pct) == (24, 1, "there", 0.5)
+
+
+def test_another_model_than_the_checkpoints_is_refused(weights):
+    with pytest.raises(ValueError, match="was trained as swin_t, not as swin_s"):
+        options.settle({"model": "swin_s"}, weights[0])
+
+
+def test_without_a_checkpoint_sizes_are_those_of_the_recipe():
+    for model, photographs in (("swin_t", 224), ("upernet_swin_t", 512), ("mask_rcnn_swin_t", 800)):
+        recipe = read_recipe(recipe_path(model))
+        config, classes = options.settle({"model": model}, None)
+        assert config.img_size == recipe["img_size"] < photographs and classes is None
+        assert options.settle({"model": model, "data": "there"}, None)[0].img_size == photographs
+        assert options.settle({"model": model}, None, photographs=True)[0].img_size == photographs
