@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from photographs import image_folder
 from train import augment, classification, data
 from train.classification import mixed_cross_entropy
 from training import tiny
@@ -13,19 +14,7 @@ from training import tiny
 
 @pytest.fixture
 def photos(tmp_path):
-    """An ImageFolder tree: 2 classes, odd sizes, one PNG with alpha and one greyscale JPEG among them."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 3)):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "photos" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                image = Image.fromarray(rng.integers(0, 255, (20 + i, 31, 3), dtype=np.uint8))
-                if i == 0:
-                    image.convert("RGBA").save(folder / "0.png")
-                else:
-                    (image.convert("L") if i == 1 else image).save(folder / f"{i}.jpg")
-    return tmp_path / "photos"
+    return image_folder(tmp_path / "photos", {"train": 6, "val": 3})
 
 
 def test_samples_do_not_depend_on_workers_or_ranks(photos):
