@@ -51,7 +51,10 @@ def test_resumed_run_ends_bit_identical(tmp_path, monkeypatch, attn, amp):
     for name in ("model", "ema", "optimizer", "scaler", "epoch"):
         assert_same(whole[name], cut[name])
     assert amp != "fp16" or whole["scaler"]["_growth_tracker"] == 6  # steps that did not overflow
-    strip = lambda row: {name: value for name, value in row.items() if name not in ("images_per_s", "memory")}  # noqa: E731
+
+    def strip(row):
+        return {name: value for name, value in row.items() if name not in ("images_per_s", "memory")}
+
     assert [strip(row) for row in rows(tmp_path / "whole")] == [strip(row) for row in rows(tmp_path / "cut")]
     assert {"last.pt", "best.pt", "log.jsonl", "curves.png", "config.yaml"} == set(os.listdir(tmp_path / "cut"))
 
