@@ -15,7 +15,7 @@ SETTINGS = ["--set", "epochs=2", "limit=16", "val_limit=8", "img_size=16", "patc
 
 
 def in_this_process(command, stdout, stderr):
-    """subprocess.run of run.py, without waiting for another Python to import torch."""
+    """subprocess.run of run.py, without waiting for another Python to import torch -> with the exit status."""
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
         return subprocess.CompletedProcess(command, main(command[2:]))
 
@@ -27,7 +27,9 @@ def test_compare_trains_resumes_and_survives_a_crash(tmp_path, capsys, monkeypat
     command = ["compare", "swin_t", "--attn", "dwconv,elsa", "--seeds", "1", "--out", str(out), *SETTINGS]
     (out / "elsa-0").mkdir(parents=True)
     (out / "elsa-0" / "last.pt").write_bytes(b"junk")  # a run that cannot go on
-    assert main(command) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", in_this_process)
+        assert main(command) == 2
     printed = capsys.readouterr()
     assert "1 of 2 runs failed" in printed.err and "elsa, seed 0: no epoch finished" in printed.out
     result = json.loads((out / "results.json").read_text())
@@ -35,8 +37,7 @@ def test_compare_trains_resumes_and_survives_a_crash(tmp_path, capsys, monkeypat
     before = (out / "dwconv-0" / "last.pt").stat().st_mtime_ns
 
     (out / "elsa-0" / "last.pt").unlink()
-    monkeypatch.setattr(subprocess, "run", in_this_process)
-    assert main(command) == 0
+    assert main(command) == 0  # in processes of their own
     table = (out / "table.md").read_text()
     result = json.loads((out / "results.json").read_text())
     assert (out / "dwconv-0" / "last.pt").stat().st_mtime_ns == before and (out / "plot.png").exists()

@@ -245,7 +245,7 @@ def test_boxes_beyond_the_image_end_at_its_border():
 
 def test_crops_are_one_rectangle_of_pixels_masks_and_boxes():
     pixels, boxes, labels, masks = sample(80, 90)
-    config, heights, widths, lost = detector(img_size=100), set(), set(), 0
+    config, heights, widths, lost, ends = detector(img_size=100), set(), set(), 0, set()
     for seed in range(300):
         torch.manual_seed(seed)
         crop, ours, kept, seen = detection.random_crop(pixels, boxes, labels, masks, config)
@@ -262,7 +262,9 @@ def test_crops_are_one_rectangle_of_pixels_masks_and_boxes():
         heights.add(h)
         widths.add(w)
         lost += len(kept) < len(labels)
+        ends |= {("top", top), ("left", left), ("bottom", top + h), ("right", left + w)}
     assert heights == widths == set(range(48, 76)) and lost > 20
+    assert ends >= {("top", 0), ("left", 0), ("bottom", 80), ("right", 90)}
 
 
 @pytest.mark.parametrize("H, W, heights, widths", [

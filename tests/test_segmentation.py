@@ -50,6 +50,7 @@ def test_scene_labels_are_those_of_the_drawing():
 
 
 def test_photographs_come_in_the_order_of_their_names_and_a_limit_keeps_the_first(photos, monkeypatch):
+    (photos / "images" / "training" / "0.jpg").rename(photos / "images" / "training" / "0.JPG")
     iterdir = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda path: sorted(iterdir(path), reverse=True))
     training, validation, _ = segmentation.datasets(Config(data=str(photos), img_size=32, limit=3, val_limit=2))
@@ -171,6 +172,16 @@ def test_crops_of_pixels_and_labels_are_one_rectangle(monkeypatch, flip):
         assert torch.equal(image, to_tensor(pixels[window])) and np.array_equal(ours.numpy(), labels[window])
         corners.add((top, left))
     assert len(corners) > 15
+
+
+def test_crops_are_drawn_from_all_places(monkeypatch):
+    pixels, labels = positions(22, 23)
+    corners = set()
+    for seed in range(100):
+        torch.manual_seed(seed)
+        image, _ = augmented(pixels, labels, monkeypatch, img_size=20, resize=(1.1, 1.1), flip=0.0)
+        corners.add(tuple(round(float((image[c, 0, 0] * STD[c] + MEAN[c]) * 255)) for c in (0, 1)))
+    assert corners == {(top, left) for top in range(3) for left in range(4)}
 
 
 def test_panoramas_are_resized_to_four_times_the_side_and_the_ratio(monkeypatch):
