@@ -12,7 +12,8 @@ Providers that compute something else, for scale:
 
 A layer is the operator with its projections and Hadamard attention, which makes its logits. Forward is without
 gradients (a model evaluates), forward+backward has the gradients of all inputs and parameters (a model trains, without
-the optimizer). """
+the optimizer).
+"""
 import re
 from collections.abc import Callable
 from dataclasses import dataclass

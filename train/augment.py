@@ -19,7 +19,8 @@ class TrainingTransform:
     """PIL image -> ((3, img_size, img_size) float32, matrix): crop, flip, RandAugment, normalisation, erasing.
 
     matrix, (3, 3), leads from homogeneous coordinates x, y, 1 in the result back to those in the image, both as shares
-    of width and height: label maps follow the image through it. """
+    of width and height: label maps follow the image through it.
+    """
 
     def __init__(self, config):
         self.size, self.scale, self.flip = config.img_size, config.scale, config.flip
@@ -54,7 +55,8 @@ class RandAugment:
     Operations, their ranges, the clipping of magnitudes to 0..10 and the fill colour are those of timm, which the
     published recipe was trained with. One difference remains: timm interpolates bilinearly or bicubically at random,
     here it is always bicubic. Returns (image, matrix), see TrainingTransform; only for a square image the matrix is
-    right. """
+    right.
+    """
 
     def __init__(self, magnitude=9.0, std=0.5):
         self.magnitude, self.std = magnitude, std
