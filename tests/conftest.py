@@ -17,6 +17,5 @@ if importlib.util.find_spec("triton"):
 os.environ.pop("TRITON_INTERPRET", None)
 
 # Test processes share the cores, and so do the processes that they start.
-threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
-os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-torch.set_num_threads(threads)
+per_process = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(per_process))))

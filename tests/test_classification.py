@@ -33,6 +33,15 @@ def test_samples_do_not_depend_on_workers_or_ranks(photos):
     assert not torch.equal(alone[0], epoch(0, 1, 0, number=2)[0])
 
 
+def test_every_epoch_augments_anew(photos):
+    config = tiny(data=str(photos), limit=None, scale=(0.2, 1.0), img_size=32)
+    training, _, _ = classification.datasets(config)
+    seen = [training[epoch, 3][0] for epoch in range(4)]
+    assert torch.equal(seen[1], training[1, 3][0]) and len({image.sum().item() for image in seen}) == 4
+    other = classification.datasets(dataclasses.replace(config, seed=1))[0]
+    assert not torch.equal(other[1, 3][0], seen[1])
+
+
 def test_sampling_leaves_torch_generator_alone(photos):
     training, _, _ = classification.datasets(tiny(data=str(photos), limit=None))
     state = torch.get_rng_state()

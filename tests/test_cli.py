@@ -128,7 +128,8 @@ def test_help_shows_the_options_of_the_models_task_with_their_values(capsys):
     assert options_in(capsys, "swin_t", "--epochs", "7", "--warmup-epochs=1")["epochs"] == "7"
 
 
-def test_help_names_the_tasks_and_fits_a_page(capsys):
+def test_help_names_the_tasks_and_fits_a_page(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     main(["train", "--help"])
     common = capsys.readouterr().out
     assert "run.py train MODEL --help" in common and "upernet" in common and "detection" in common
