@@ -53,7 +53,10 @@ def test_resumed_run_ends_bit_identical(tmp_path, monkeypatch, attn, amp):
     for name in ("model", "ema", "optimizer", "scaler", "epoch"):
         assert_same(whole[name], cut[name])
     assert amp != "fp16" or whole["scaler"]["_growth_tracker"] == 6  # steps that did not overflow
-    strip = lambda row: {name: value for name, value in row.items() if name not in ("images_per_s", "memory")}  # noqa: E731
+
+    def strip(row):
+        return {name: value for name, value in row.items() if name not in ("images_per_s", "memory")}
+
     assert [strip(row) for row in rows(tmp_path / "whole")] == [strip(row) for row in rows(tmp_path / "cut")]
     assert {"last.pt", "best.pt", "log.jsonl", "curves.png", "config.yaml"} == set(os.listdir(tmp_path / "cut"))
 
@@ -115,6 +118,30 @@ def test_best_is_of_the_selected_epoch(tmp_path, monkeypatch, select, epoch):
     monkeypatch.setattr(imagenet, "evaluate", lambda *_: {"top1": next(scores), "top5": 50.0, "loss": 1.0})
     train(tiny(out=str(tmp_path / "run"), epochs=3, limit=8, select=select))
     assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["epoch"] == epoch
+
+
+def test_every_pass_of_every_epoch_draws_anew(tmp_path, monkeypatch):
+    drawn, loss = [], classification.loss
+
+    def record(model, batch, config, rng):
+        drawn.append((rng.random(), torch.rand(()).item(), batch[0].sum().item()))
+        return loss(model, batch, config, rng)
+    monkeypatch.setattr(classification, "loss", record)
+    train(tiny(out=str(tmp_path / "run"), epochs=2, accumulate=2))
+    assert len(drawn) == 12 and all(len(set(column)) == 12 for column in zip(*drawn))
+
+
+def test_the_average_is_what_is_evaluated(tmp_path, monkeypatch):
+    evaluated = []
+
+    def evaluate(model, *_):
+        evaluated.append(deepcopy(model.state_dict()))
+        return {"top1": 0.0, "top5": 0.0, "loss": 1.0}
+    monkeypatch.setattr(imagenet, "evaluate", evaluate)
+    train(tiny(out=str(tmp_path / "run"), epochs=2, limit=8, ema=0.9))
+    saved = checkpoint(tmp_path / "run")
+    assert_same(dict(evaluated[-1]), dict(saved["ema"]))
+    assert not torch.equal(saved["ema"]["head.weight"], saved["model"]["head.weight"])
 
 
 def test_accumulation_changes_losses_by_rounding_alone(tmp_path):
