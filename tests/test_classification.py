@@ -9,6 +9,7 @@ from PIL import Image
 from photographs import image_folder
 from train import augment, classification, data
 from train.classification import mixed_cross_entropy
+from train.photographs import to_tensor
 from training import tiny
 
 
@@ -92,6 +93,18 @@ def test_randaugment_matches_timm_operations():
     for operation, (theirs, amount) in zip(augment.OPERATIONS[11:], shifts):
         ours = operation(image, level, -level)
         assert np.array_equal(np.asarray(ours), np.asarray(theirs(image, -amount, **bicubic)))
+
+
+@pytest.mark.parametrize("size, crop_pct, short", [(32, 0.9, 35), (32, 1.0, 32), (24, 1.15, 20)])
+def test_validation_takes_the_centre_of_a_resized_image(size, crop_pct, short):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
+    resized = image.resize((int(short * 70 / 50), short), Image.BICUBIC)
+    padded = Image.new("RGB", (size, size))
+    left, top = round((resized.width - size) / 2), round((short - size) / 2)
+    padded.paste(resized, (-left, -top))
+    expected = to_tensor(np.asarray(padded))
+    got = augment.validation_transform(size, crop_pct)(image)
+    assert got.shape == (3, size, size) and torch.allclose(got, expected, atol=1e-5)
 
 
 def test_mix_weighs_labels_by_pixels():
