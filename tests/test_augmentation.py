@@ -4,17 +4,17 @@ golden/augmentation.npz holds draws of timm 0.4.9, TokenLabeling, mmsegmentation
 arrays is drawn here through the functions that train, with the recipes' values, and every array compared by the
 two-sample Kolmogorov-Smirnov test at 1%; one that fails is drawn again with another seed. The normal suite draws less.
 """
-import dataclasses
+import colorsys
 import math
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pictures import A, B, C, X, Y, as_bytes, recipe, samples
 from train import augment, classification, detection, segmentation
-from train.config import resolve
+from train.config import Config
 from train.photographs import MEAN, STD
 from training import ROOT
 
@@ -28,22 +28,6 @@ DRAWS = {}  # name of a group -> (function (n, seed) -> {name: array}, draws of 
 
 def group(few):
     return lambda draw: DRAWS.setdefault(draw.__name__, (draw, few)) and draw
-
-
-def photograph(seed, H, W):
-    """Colours of 6 x 8 nodes, enlarged bilinearly, and noise: (H, W, 3) uint8."""
-    rng = np.random.RandomState(seed)
-    nodes, noise = rng.randint(0, 256, (6, 8, 3)), rng.randint(-8, 9, (H, W, 3))
-    y, x = 5 * np.arange(H) / (H - 1), 7 * np.arange(W) / (W - 1)
-    i, j = np.minimum(y.astype(int), 4), np.minimum(x.astype(int), 6)
-    x = (x - j)[None, :, None]
-    across = nodes[:, j] * (1 - x) + nodes[:, j + 1] * x  # (6, W, 3)
-    y = (y - i)[:, None, None]
-    return np.floor(across[i] * (1 - y) + across[i + 1] * y + noise + 0.5).clip(0, 255).astype(np.uint8)
-
-
-A, B, C = photograph(1, 375, 500), photograph(2, 224, 224), photograph(3, 300, 300)
-X, Y = photograph(4, 128, 128), np.floor(40 + photograph(5, 128, 128) * 98.0 / 255 + 0.5).astype(np.uint8)
 
 
 def test_pictures_are_those_of_the_golden_file():
@@ -75,28 +59,6 @@ def check(name, n):
     print(f"{name}: largest distance over its limit", max((value, name) for name, value in found.items()))
     assert max(found.values()) <= 1, {name: value for name, value in found.items() if value > 1}
     return set(found)
-
-
-@cache
-def recipe(model, **changes):
-    """The Config of `run.py train MODEL --data photos`, but for changes."""
-    return dataclasses.replace(resolve(dict(model=model, data="photos"))[0], **changes)
-
-
-def samples(picture, n, seed, model="swin_t", **changes):
-    """n times the picture as classification trains on it: (bytes (H, W, 3), matrix (3, 3))."""
-    transform = augment.TrainingTransform(recipe(model, **changes))
-    images = [(Image.fromarray(picture), 0)] * n
-    training = classification.AugmentedPhotographs(images, transform, seed, token_labels=[None] * n)
-    for index in range(n):
-        image, _, _, matrix = training[0, index]
-        yield as_bytes(image), matrix.double().numpy()
-
-
-def as_bytes(image):
-    pixels = (image.numpy().transpose(1, 2, 0) * np.float32(STD) + np.float32(MEAN)) * 255
-    assert np.abs(pixels - np.rint(pixels)).max() < 1e-3
-    return np.rint(pixels).astype(np.uint8)
 
 
 def columns(rows):
@@ -307,3 +269,59 @@ def test_draws_are_distributed_as_the_published_ones(name):
 
 def test_every_golden_array_is_compared():
     assert {name for draw, _ in DRAWS.values() for name in draw(4, 0)} == set(GOLDEN)
+
+
+# Segmentation's draws one by one
+
+def test_distortion_truncates_and_keeps_its_order():
+    assert segmentation.distort(np.uint8([[[9, 100, 250]]]), brightness=10.9).tolist() == [[[19, 110, 255]]]
+    assert segmentation.distort(np.uint8([[[9, 100, 250]]]), brightness=-9.5).tolist() == [[[0, 90, 240]]]
+    assert segmentation.distort(np.uint8([[[9, 101, 250]]]), contrast=1.5).tolist() == [[[13, 151, 255]]]
+    steps = dict(brightness=-20.0), dict(contrast=1.4), dict(saturation=1.3), dict(hue=-15)
+    for early in (True, False):
+        expected = X
+        for step in (steps if early else (*steps[:1], *steps[2:], steps[1])):
+            expected = segmentation.distort(expected, **step)
+        assert np.array_equal(segmentation.distort(X, -20.0, 1.4, early, 1.3, -15), expected)
+
+
+def test_hue_and_saturation_are_those_of_hsv():
+    for changes in (dict(saturation=0.5), dict(saturation=1.5), dict(hue=17), dict(hue=-18)):
+        out = segmentation.distort(X, **changes)
+        assert np.array_equal(out.max(-1), X.max(-1))
+        differences = []
+        for pixel, result in zip(X[::9, ::9].reshape(-1, 3), out[::9, ::9].reshape(-1, 3)):
+            h, s, v = colorsys.rgb_to_hsv(*(pixel / 255))
+            h = (round(h * 180) + changes.get("hue", 0)) / 180 % 1
+            s = min(255, int(round(s * 255) * changes.get("saturation", 1))) / 255
+            differences.append(result - np.array(colorsys.hsv_to_rgb(h, s, v)) * 255)
+        differences = np.array(differences)  # of truncation: 0 to 1 below, but where hue or saturation lies at a half
+        assert np.quantile(differences, 0.01) > -1.01 and np.quantile(differences, 0.99) < 0.01
+        assert np.abs(differences).max() < 6
+
+
+def test_distortions_are_drawn_from_the_published_ranges():
+    torch.manual_seed(0)
+    drawn = [segmentation.draw_distortion() for _ in range(3000)]
+    for values, low, high in zip(zip(*drawn), (-32, 0.5, None, 0.5), (32, 1.5, None, 1.5)):
+        if low is not None:
+            given = [value for value in values if value is not None]
+            span = (high - low) / 100
+            assert low <= min(given) < low + span and high - span < max(given) <= high
+            assert 0.46 < len(given) / 3000 < 0.54
+    hues = [hue for *_, hue in drawn if hue is not None]
+    assert set(hues) == set(range(-18, 18)) and 0.46 < len(hues) / 3000 < 0.54
+    assert 0.46 < np.mean([early for _, _, early, *_ in drawn]) < 0.54
+
+
+def test_the_eleventh_crop_is_taken_as_it_comes(monkeypatch):
+    monkeypatch.setattr(segmentation, "distort", lambda pixels, *drawn: pixels)
+    config = Config(img_size=8, resize=(1.0, 1.0), flip=0.0)
+    pixels = np.arange(12 * 8, dtype=np.uint8).reshape(12, 8, 1).repeat(3, -1)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        image, _ = segmentation.augment(pixels, np.zeros((12, 8), np.uint8), config)
+        torch.manual_seed(seed)
+        torch.rand(())
+        top = [(int(torch.randint(5, ())), torch.randint(1, ()))[0] for _ in range(11)][-1]
+        assert np.array_equal(as_bytes(image), pixels[top:top + 8])
