@@ -87,6 +87,19 @@ def test_mix_token_comes_after_erasing_which_draws_only_where_it_is_on(erasing):
     assert (model.images is images) == (not erasing) and ours.random() == expected.random()
 
 
+def test_with_token_labels_the_whole_photograph_is_mirrored_and_then_augmented():
+    transform, image = augment.TrainingTransform(recipe("volo_d1", token_labels="maps", flip=1.0)), Image.fromarray(A)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        pixels = as_bytes(transform(image)[0])
+        torch.manual_seed(seed)
+        torch.rand(())
+        whole, _ = augment.RandAugment(9.0, 0.5, "random")(F.hflip(image))
+        top, left, height, width = RandomResizedCrop.get_params(whole, (0.08, 1.0), (3 / 4, 4 / 3))
+        size, resample = (224, 224), augment.draw_filter("random")
+        assert np.array_equal(pixels, whole.crop((left, top, left + width, top + height)).resize(size, resample))
+
+
 def test_only_token_labels_crop_last():
     last, first = recipe("volo_d1"), recipe("volo_d1", crop_last=False)
     of = lambda config: next(samples(A, 1, 3, "volo_d1", **config))[0]
