@@ -37,7 +37,8 @@ def evaluate(model, loader, device, amp="none", dump=None):
 
     loader: yields (views, labels (H, W), name), see predict(). dump: folder for the predictions, PNGs where 1 is the
     first class. Returns scores(), "loss": mean cross-entropy of the labelled pixels, "images", and "seconds" of the
-    slowest rank. """
+    slowest rank.
+    """
     matrix, loss, images, start = None, 0.0, 0, time.perf_counter()
     with evaluating(model):
         for views, labels, name in loader:
@@ -77,7 +78,8 @@ def predict(model, views, size, device="cpu", amp="none"):
     """Mean over the views of the classes' probabilities -> (classes, H, W) float32.
 
     views: [(image (3, h, w) float32, whether it is mirrored), ...]. size: (H, W) of the photograph. As published,
-    logits are resized to a view's size, which the model does, and then to the photograph's, before the softmax. """
+    logits are resized to a view's size, which the model does, and then to the photograph's, before the softmax.
+    """
     total = 0
     for image, mirrored in views:
         with autocast(torch.device(device), amp):

@@ -47,7 +47,8 @@ def evaluate(model, loader, device, amp="none", dump=None):
     train.detection.Photographs. dump: file for the detections, COCO's results JSON. Returns {"box", "mask": {metric:
     per cent, NaN where nothing to find is of that size}, "classes": [(box AP, mask AP), ...], "results": detections as
     COCO's JSON has them, but with labels from 0, "box_ap", "box_ap50", "mask_ap", "images", and of the slowest rank
-    "seconds"}. """
+    "seconds"}.
+    """
     photographs, start = [], time.perf_counter()
     with evaluating(model):
         for image, size, original, image_id, annotations in loader:

@@ -30,7 +30,8 @@ def run(config, weights, classes, multi_scale=False, dump=None):
     """Prints the scores of a model, and returns the result of its task's evaluate().
 
     config: Config. weights: file or None. classes: names of the checkpoint's classes, or None. multi_scale, dump: see
-    the task's module. """
+    the task's module.
+    """
     rank, world, device = join_ranks(config.device)
     try:
         evaluation = task_of(config.model).evaluation

@@ -41,7 +41,8 @@ def evaluate(model, loader, device, amp="none", dump=None):
     model: images (B, 3, H, W) float32 -> logits (B, classes). Its training mode is restored afterwards. amp: "bf16",
     "fp16" or "none". dump: None, classifiers have none. Returns {"top1", "top5": per cent, "loss": mean cross-entropy,
     "images": how many, "seconds": of the slowest rank, loading included}. Top-5 of fewer than five classes counts all
-    of them. """
+    of them.
+    """
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, images
     start = time.perf_counter()
     with evaluating(model):
@@ -71,7 +72,8 @@ def class_indices(folders, classes, num_classes):
 
     By name where the checkpoint names its classes; by WordNet id where the folders are ImageNet classes, all or some,
     and the model has 1000; else by alphabetical order, which needs as many folders as classes. Raises ValueError where
-    none applies. """
+    none applies.
+    """
     wnids = WNIDS.read_text().split()
     if classes is None and num_classes in (None, len(wnids)) and set(folders) <= set(wnids):
         classes = wnids

@@ -33,7 +33,8 @@ def settle(options, weights, photographs=False):
     """Options over what the checkpoint was trained with over defaults -> (Config, names of its classes or None).
 
     photographs: the model will see some, even without `data`: what is not known is then as in the recipe for them, not
-    for the scenes. """
+    for the scenes.
+    """
     saved, classes = checkpoint_facts(weights) if weights else ({}, None)
     if options["model"] and saved and options["model"] != saved["model"]:
         raise ValueError(f"{weights} was trained as {saved['model']}, not as {options['model']}; name that model or "

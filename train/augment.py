@@ -25,7 +25,8 @@ class TrainingTransform:
 
     matrix, (3, 3), leads from homogeneous coordinates x, y, 1 in the result back to those in the image, both as shares
     of width and height: label maps follow the image through it. With published_label_crop it exchanges rows and columns
-    of the crop, as the published code does; the image's own crop is right. """
+    of the crop, as the published code does; the image's own crop is right.
+    """
 
     def __init__(self, config):
         self.size, self.scale, self.flip = config.img_size, config.scale, config.flip
@@ -76,7 +77,8 @@ def validation_transform(img_size, crop_pct):
 class RandAugment:
     """RandAugment "m9-mstd0.5-inc1" on PIL images: two operations, each with probability 0.5, at a magnitude from N(9,
     0.5), clipped to 0..10. What geometric operations uncover is filled with the mean colour. interpolation: see
-    draw_filter. Returns (image, matrix), see TrainingTransform. """
+    draw_filter. Returns (image, matrix), see TrainingTransform.
+    """
 
     def __init__(self, magnitude=9.0, std=0.5, interpolation="bicubic"):
         self.magnitude, self.std, self.interpolation = magnitude, std, interpolation

@@ -81,7 +81,8 @@ def token_cross_entropy(logits, token_logits, labels, targets, own, label_smooth
 
     logits: (B, C). token_logits: (B, h, w, C), those that come from one image together, as VOLO returns them. own:
     share of an image's own tokens behind its class token, see tokens.draw_swap. targets: (class targets (B, C), token
-    targets (B, h, w, C)) of tokens.dense_targets, or None: the label (B,) of an image is that of its tokens. """
+    targets (B, h, w, C)) of tokens.dense_targets, or None: the label (B,) of an image is that of its tokens.
+    """
     tokens = token_logits.flatten(0, 2)
     if targets is None:
         spread = labels[:, None, None].expand(token_logits.shape[:3]).flatten()

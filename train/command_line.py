@@ -67,7 +67,8 @@ def help_of_train(config, source, named):
     """The options of `run.py train`, in groups, with their values in `config`.
 
     named: whether the user named a model; else only what all models have in common is shown. source: where values are
-    from. """
+    from.
+    """
     width = min(120, shutil.get_terminal_size((100, 24)).columns)
     families = {}
     for family, task in TASK_OF_FAMILY.items():

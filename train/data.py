@@ -1,7 +1,8 @@
 """What the data sets of all tasks share: random numbers, rendered scenes, the order of an epoch, loaders.
 
 Nothing here depends on the number of workers or ranks, nor on where a run was interrupted: what happens to a sample is
-a function of (seed, epoch, index), the order of an epoch one of (seed, epoch). """
+a function of (seed, epoch, index), the order of an epoch one of (seed, epoch).
+"""
 import os
 
 import numpy as np
@@ -32,7 +33,8 @@ class Scenes(Dataset):
     """Rendered scenes; each task makes samples of its own from them. Every epoch of training draws new ones.
 
     Keys: (epoch, index) for training, index for validation. Drawing costs far less than training, so nothing is kept,
-    and there is nothing to augment. """
+    and there is nothing to augment.
+    """
     max_objects = 2
 
     def __init__(self, length, size, seed, validation=False):
@@ -57,7 +59,8 @@ class BatchSampler:
     ranks.
 
     Yields one list per backward pass. The images left over at the end of an epoch are not used in it. groups: a number
-    for each image; what a rank takes in one pass is then of one group, except for a few remainders at the end. """
+    for each image; what a rank takes in one pass is then of one group, except for a few remainders at the end.
+    """
 
     def __init__(self, length, batch_size, accumulate, seed, rank, world, groups=None):
         self.length, self.batch_size, self.accumulate = length, batch_size, accumulate

@@ -83,7 +83,8 @@ class CocoFolder:
 
     classes: names, in the order of their ids. images: records of the photographs. annotations: those of each image, a
     list, where category_id is the class, from 0. Raises FileNotFoundError or ValueError, naming the file, for what is
-    missing or does not fit. """
+    missing or does not fit.
+    """
 
     def __init__(self, folder, split):
         if not Path(folder).is_dir():

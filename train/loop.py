@@ -34,7 +34,8 @@ def train(config, task, evaluation, resume=None, notes=()):
     depth) differs between them.
 
     Raises ValueError or FileNotFoundError for what the user can mend, FloatingPointError when the loss is no longer
-    finite. """
+    finite.
+    """
     rank, world, device = join_ranks(config.device)
     try:
         training, validation, classes = task.datasets(config)

@@ -19,7 +19,8 @@ class RunFolder:
     """The folder of one run. Rank 0 writes; on other ranks the writing methods do nothing.
 
     A checkpoint is a dict of plain types and tensors, so that torch.load(weights_only=True) reads it: model, ema (or
-    None), config, classes, epoch (how many are finished) and history; last.pt also has optimizer and scaler. """
+    None), config, classes, epoch (how many are finished) and history; last.pt also has optimizer and scaler.
+    """
 
     def __init__(self, path, writes, metrics):
         self.path, self.writes, self.metrics = Path(path), writes, metrics

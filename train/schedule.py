@@ -7,7 +7,8 @@ def decay_groups(model, weight_decay):
 
     Not decayed is what has fewer than two axes (norms, biases, layer scales), the relative position bias tables,
     position embeddings and class tokens. The ghost head decays, as in the published run. There, the bias tables of the
-    last stage decayed, too; Swin's do not. """
+    last stage decayed, too; Swin's do not.
+    """
     no_decay = ("relative_position_bias_table", "pos_embed", "cls_token")
     decayed, spared = [], []
     for name, parameter in model.named_parameters():

@@ -128,7 +128,8 @@ def _photographs(config, split, classes, limit):
 
 def class_names(config):
     """Names of the classes, in order of their labels: DIR/classes.json (a list), DIR/classes.txt (one a line), or
-    ADE20K's own file. Without any there are num_classes, else ADE20K's 150, called by their numbers. """
+    ADE20K's own file. Without any there are num_classes, else ADE20K's 150, called by their numbers.
+    """
     if config.data is None:
         return Scenes.classes
     root = Path(config.data)

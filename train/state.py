@@ -16,7 +16,8 @@ class TrainingState:
 
     model: the plain model. forward: the same, compiled and with gradients averaged over ranks as the Config says; made
     by wrap(). optimizer: AdamW. scaler: of the loss, for fp16. ema: moving average of the weights, or None. epoch: how
-    many are finished; history: a dict for each of them. """
+    many are finished; history: a dict for each of them.
+    """
 
     def __init__(self, config, world, device, fresh=True):
         torch.manual_seed(config.seed)
