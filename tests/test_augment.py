@@ -23,22 +23,28 @@ def test_crops_at_bicubic_are_torchvisions():
         assert np.array_equal(pixels, F.hflip(image) if torch.rand(()) < 0.5 else image)
 
 
-@pytest.mark.parametrize("interpolation, shares", [("bicubic", (0, 0)), ("random", (0.4, 0.6))])
-def test_every_geometric_operation_draws_its_filter(interpolation, shares, monkeypatch):
-    rotation, drawn = augment.OPERATIONS[3], []
+def test_operations_take_the_filter_they_are_given():
     for resample in (Image.BILINEAR, Image.BICUBIC):
         expected = Image.fromarray(A).rotate(27, resample, fillcolor=(124, 116, 104))
-        assert np.array_equal(rotation(Image.fromarray(A), 0.9, 0.9, resample), expected)
-    monkeypatch.setattr(augment, "OPERATIONS", (rotation,))
-    monkeypatch.setattr(augment.Affine, "__call__", lambda self, image, *rest: drawn.append(rest[-1]) or image)
-    operation = augment.RandAugment(9.0, 0.5, interpolation)
-    for seed in range(400):
+        assert np.array_equal(augment.OPERATIONS[3](Image.fromarray(A), 0.9, 0.9, resample), expected)
+
+
+@pytest.mark.parametrize("interpolation, low, high", [("bicubic", 0, 0), ("random", 0.4, 0.6)])
+def test_every_operation_is_drawn_for_itself(interpolation, low, high, monkeypatch):
+    images = []  # of each, what its operations were given: (level, signed level, filter)
+    monkeypatch.setattr(augment, "OPERATIONS", (augment.OPERATIONS[3],))
+    monkeypatch.setattr(augment.Affine, "__call__", lambda self, image, *given: images[-1].append(given) or image)
+    for seed in range(600):
         torch.manual_seed(seed)
-        operation(Image.fromarray(X))
-        drawn += [None] * (len(drawn) % 2)  # where one was applied
-    bilinear = np.array([choice == Image.BILINEAR for choice in drawn if choice is not None])
-    both = [first != second for first, second in zip(drawn[::2], drawn[1::2]) if second is not None]
-    assert shares[0] <= bilinear.mean() <= shares[1] and shares[0] * 0.8 <= np.mean(both) <= shares[1] * 1.2
+        images.append([])
+        augment.RandAugment(9.0, 0.5, interpolation)(Image.fromarray(X))
+    levels, signed, filters = (np.array(values) for values in zip(*sum(images, [])))
+    pairs = [(first[2], second[2]) for first, second in (pair for pair in images if len(pair) == 2)]
+    assert 0.45 < len(levels) / 1200 < 0.55 and 0.2 < len(pairs) / 600 < 0.3
+    assert low <= np.mean(filters == Image.BILINEAR) <= high
+    assert low <= np.mean([first != second for first, second in pairs]) <= high
+    assert abs(levels.mean() - 0.9) < 0.006 and 0.044 < levels.std() < 0.054 and levels.max() == 1
+    assert np.array_equal(np.abs(signed), levels) and 0.45 < np.mean(signed < 0) < 0.55
 
 
 def test_posterising_to_no_bits_gives_black():
