@@ -10,8 +10,9 @@ Providers that compute something else, for scale:
     window, outlook  attention inside windows of 7 x 7; outlook attention, VOLO's own
     flex             FlexAttention, masked to the neighbourhood of the same kernel size
 
-A layer is the operator with its projections and the generator of its logits. Forward is without gradients (a model
-evaluates), forward+backward has the gradients of all inputs and parameters (a model trains, without the optimizer).
+A layer is the operator with its projections and Hadamard attention, which makes its logits. Forward is without
+gradients (a model evaluates), forward+backward has the gradients of all inputs and parameters (a model trains, without
+the optimizer).
 """
 import re
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class Shape(NamedTuple):
     heads: int  # of HEAD_DIM channels
     kernel_size: int
     lam: int
-    group_width: int  # of the generator's convolution, at layer level
+    group_width: int  # of the convolution of Hadamard attention, at layer level
 
 
 HEAD_DIM = 32

@@ -1,5 +1,43 @@
-"""ELSA's local attention, and what generates its maps, for CPU and GPU. Depends on torch and triton alone: the folder can be lifted out whole."""
-from kernels.op import elsa_attention, hadamard
+"""ELSA's local attention, and what makes its maps, for CPU and GPU.
+
+Depends on torch and triton alone: the folder can be lifted out whole. Without triton (macOS, Windows) the CPU path
+works.
+
+    attention.py      elsa_attention: docstring, checks, torch operators
+    hadamard.py       hadamard: likewise
+    backend.py        which path a call takes
+    reference.py      the aggregation's definition
+    cpu.py            the aggregation on a CPU
+    aggregation.py    launches the kernels of aggregation_kernels.py, which are built of window.py
+    convolution.py    launches the kernels of convolution_kernels.py, which make the maps
+    tuning.py         chooses and remembers launch configurations
+    compile.py        what the kernels cost on GPUs that are not there
+
+One letter means one thing in all files (argument names of the public functions aside).
+
+    B               samples                              b            index of a sample
+    H, W; Ho, Wo    height and width; of the output      y, x         row and column of a pixel
+    G               heads                                g            index of a head
+    C; Q            channels of v; of q and k            c; d         index of a channel; of one within its head
+    K               taps, kernel_size ** 2               t = (i, j)   tap, row and column of it in the window
+    q, k, v         queries, keys, values                a            attention
+    f               filter, a * mul + add                mul, add     ghost filters, lam and gamma applied
+    l, lse          logits, their log-sum-exp            r            kernel_size // 2
+    h               q * k                                u, z         before and after GELU
+    p; s            pixel of a strip or tile; strip      d.., go      gradient of ..; of out
+    n; w            groups in a block; their width       o_jc         distance of the channels of a row's neighbours
+    x               in launchers also any tensor         x1, x2       factors of the product that pad_kernel makes
+
+    STRIP      neighbouring pixels of a row that share what they load     BLOCK_S    strips of a program
+    HEAD_DIM   channels of a head, padded to BLOCK_D                      BLOCK_P    pixels of a program
+    CHANNELS   channels of a block of groups, padded to BLOCK_C           BLOCK_J    taps of a row in one product or sum
+    ACC        type of the sums                                           splits     parts of a sum, one a program
+    edge, pitch     zeros around an image; distance between its rows
+
+    p_ pointers   b_ tiles in registers   o_ offsets   m_ masks   s_ strides in elements
+"""
+from kernels.attention import elsa_attention
+from kernels.hadamard import hadamard
 from kernels.reference import elsa_attention_reference
 from kernels.tuning import set_tuned, tuned
 

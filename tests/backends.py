@@ -5,18 +5,24 @@ import os
 
 import torch
 
+from interpreter import watched
+
 BACKENDS = ("cpu", "triton") if importlib.util.find_spec("triton") else ("cpu",)
 
 
 @contextlib.contextmanager
 def backend(name):
-    """The device to test on. CPU tensors take the interpreted Triton kernels inside "triton"; every output starts as NaN."""
+    """The device to test on; every output starts as NaN.
+
+    Inside "triton", where there is no GPU, CPU tensors take the interpreted Triton kernels, which are watched.
+    """
     interpret = name == "triton" and not torch.cuda.is_available()
     if interpret:
         os.environ["TRITON_INTERPRET"] = "1"
     torch.use_deterministic_algorithms(True)  # also fills what torch.empty returns with NaN
     try:
-        yield torch.device("cuda" if name == "triton" and torch.cuda.is_available() else "cpu")
+        with watched() if interpret else contextlib.nullcontext():
+            yield torch.device("cuda" if name == "triton" and torch.cuda.is_available() else "cpu")
     finally:
         torch.use_deterministic_algorithms(False)
         if interpret:

@@ -1,7 +1,8 @@
-"""Where the Triton kernels run: on the GPU if there is one, else in Triton's interpreter; and how many threads a test has.
+"""Where the Triton kernels run, on the GPU if there is one, else in Triton's interpreter; and the number of threads.
 
-Triton decides when the kernels are decorated, so the variable is set around the import, and only there: each test chooses
-afterwards whether its CPU tensors go through the CPU path or through the interpreted kernels, see backends.backend.
+Triton decides when the kernels are decorated, so the variable is set around the import of all of them, and only there:
+each test chooses afterwards whether its CPU tensors go through the CPU path or through the interpreted kernels, see
+backends.backend.
 """
 import importlib.util
 import os
@@ -12,10 +13,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 if importlib.util.find_spec("triton"):
     import kernels.aggregation
-    import kernels.generator  # noqa: F401
+    import kernels.convolution  # noqa: F401
 os.environ.pop("TRITON_INTERPRET", None)
 
 # Test processes share the cores, and so do the processes that they start.
-threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
-os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-torch.set_num_threads(threads)
+per_process = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(per_process))))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from photographs import image_folder
 from train import augment, classification, data
 from train.classification import mixed_cross_entropy
 from training import tiny
@@ -13,19 +14,7 @@ from training import tiny
 
 @pytest.fixture
 def photos(tmp_path):
-    """An ImageFolder tree: 2 classes, odd sizes, one PNG with alpha and one greyscale JPEG among them."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 3)):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "photos" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                image = Image.fromarray(rng.integers(0, 255, (20 + i, 31, 3), dtype=np.uint8))
-                if i == 0:
-                    image.convert("RGBA").save(folder / "0.png")
-                else:
-                    (image.convert("L") if i == 1 else image).save(folder / f"{i}.jpg")
-    return tmp_path / "photos"
+    return image_folder(tmp_path / "photos", {"train": 6, "val": 3})
 
 
 def test_samples_do_not_depend_on_workers_or_ranks(photos):
@@ -42,6 +31,15 @@ def test_samples_do_not_depend_on_workers_or_ranks(photos):
     halves = [torch.cat(pair) for pair in zip(epoch(0, 2, 0), epoch(1, 2, 0))]
     assert all(torch.equal(a, b) for a, b in zip(alone, halves))
     assert not torch.equal(alone[0], epoch(0, 1, 0, number=2)[0])
+
+
+def test_every_epoch_augments_anew(photos):
+    config = tiny(data=str(photos), limit=None, scale=(0.2, 1.0), img_size=32)
+    training, _, _ = classification.datasets(config)
+    seen = [training[epoch, 3][0] for epoch in range(4)]
+    assert torch.equal(seen[1], training[1, 3][0]) and len({image.sum().item() for image in seen}) == 4
+    other = classification.datasets(dataclasses.replace(config, seed=1))[0]
+    assert not torch.equal(other[1, 3][0], seen[1])
 
 
 def test_sampling_leaves_torch_generator_alone(photos):

@@ -6,12 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
+from photographs import image_folder
 from run import main
 from train.config import KEYS, resolve
 
@@ -35,15 +34,7 @@ def succeed(folder, *arguments):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "photos"
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for name in ("cat", "dog", "owl"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(4):
-                image = Image.fromarray(rng.integers(0, 255, (24, 20, 3), dtype=np.uint8))
-                image.save(root / split / name / f"{i}.{'png' if i % 2 else 'jpg'}")
-    return root
+    return image_folder(tmp_path_factory.mktemp("data") / "photos", {"train": 4, "test": 4}, ("cat", "dog", "owl"))
 
 
 def test_train_scenes_eval_and_resume(tmp_path, monkeypatch, capsys):
@@ -100,10 +91,10 @@ def test_corrupt_photo_is_named_by_a_worker(tmp_path, photos):
     for path in photos.rglob("*.*"):
         copy = bad / path.relative_to(photos)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(b"not an image" if path.match("train/cat/1.png") else path.read_bytes())
+        copy.write_bytes(b"not an image" if path.match("train/cat/0.png") else path.read_bytes())
     result = run(tmp_path, "train", "swin_t", "--data", bad, *TINY, "--batch-size", "12", "--workers", "1")
     last = result.stderr.splitlines()[-1]
-    assert result.returncode == 2 and re.match(r"error: \S+/train/cat/1.png cannot be read as an image", last)
+    assert result.returncode == 2 and re.match(r"error: \S+/train/cat/0.png cannot be read as an image", last)
     assert "Traceback" not in result.stderr
 
 
@@ -137,7 +128,8 @@ def test_help_shows_the_options_of_the_models_task_with_their_values(capsys):
     assert options_in(capsys, "swin_t", "--epochs", "7", "--warmup-epochs=1")["epochs"] == "7"
 
 
-def test_help_names_the_tasks_and_fits_a_page(capsys):
+def test_help_names_the_tasks_and_fits_a_page(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     main(["train", "--help"])
     common = capsys.readouterr().out
     assert "run.py train MODEL --help" in common and "upernet" in common and "detection" in common

@@ -1,17 +1,24 @@
-"""What only a GPU can show: the kernels at real sizes and dtypes. Skipped where there is none (the rest of the suite runs there too)."""
+"""What only a GPU can show: the kernels at real sizes and dtypes. Skipped where there is none."""
 import pytest
 import torch
 
 from kernels import elsa_attention, elsa_attention_reference, tuning
 from models import create_model
-from test_generator import expected, ours, problem
+from test_hadamard import expected, ours, problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 # (B, H, W, heads, head width, k, stride, dilation, mul?)
-SIZES = {"swin_t stage 1": (8, 56, 56, 3, 32, 7, 1, 1, False), "swin_t stage 3": (8, 14, 14, 12, 32, 7, 1, 1, False),
-         "volo_d1": (8, 28, 28, 6, 32, 5, 1, 1, True), "detector": (1, 200, 334, 3, 32, 7, 1, 1, False),
-         "strided": (4, 55, 41, 4, 24, 5, 2, 1, True), "dilated": (4, 33, 47, 2, 40, 3, 1, 3, True), "wide head": (2, 16, 16, 1, 256, 3, 1, 1, True)}
+SIZES = {
+    "swin_t stage 1": (8, 56, 56, 3, 32, 7, 1, 1, False),
+    "swin_t stage 3": (8, 14, 14, 12, 32, 7, 1, 1, False),
+    "volo_d1": (8, 28, 28, 6, 32, 5, 1, 1, True),
+    "detector": (1, 200, 334, 3, 32, 7, 1, 1, False),
+    "strided": (4, 55, 41, 4, 24, 5, 2, 1, True),
+    "dilated": (4, 33, 47, 2, 40, 3, 1, 3, True),
+    "wide head": (2, 16, 16, 1, 256, 3, 1, 1, True),
+}
+MAPS = {"swin_t": (8, 56, 56, 16, 4, 7), "volo_d1": (8, 28, 28, 16, 8, 5), "detector": (1, 200, 334, 16, 4, 7)}
 
 
 def draw(size, dtype, seed=0):
@@ -51,7 +58,8 @@ def test_every_configuration_gives_the_same(size, monkeypatch):
     tensors, options = draw(size, torch.float32)
     want = run(tensors, options)
     for choice in range(4):
-        monkeypatch.setattr(tuning, "launch", lambda kernel, problem, configs, call, device: call(**configs[choice % len(configs)]))
+        launch = lambda kernel, problem, configs, call, device: call(**configs[choice % len(configs)])
+        monkeypatch.setattr(tuning, "launch", launch)
         for x, y in zip(run(tensors, options), want):
             assert (x - y).norm() <= 1e-5 * y.norm(), choice
 
@@ -63,14 +71,15 @@ def test_two_runs_are_bit_identical(dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("size", [(8, 56, 56, 16, 4, 7), (8, 28, 28, 16, 8, 5), (1, 200, 334, 16, 4, 7)], ids=["swin_t", "volo_d1", "detector"])
+@pytest.mark.parametrize("size", MAPS)
 def test_every_configuration_gives_the_same_maps(size, dtype, monkeypatch):
     """kernels.hadamard at real sizes."""
-    case = problem(0, *size, dtype)
-    want = expected(*(part.cuda() if isinstance(part, torch.Tensor) else [x.cuda() for x in part] for part in case), 1.0, 1)
+    case = projection, parameters, grad = problem(0, *MAPS[size], dtype)
+    want = expected(projection.cuda(), [x.cuda() for x in parameters], grad.cuda(), 1.0, 1)
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     for choice in range(3):
-        monkeypatch.setattr(tuning, "launch", lambda kernel, problem, configs, call, device: call(**configs[choice]))
+        launch = lambda kernel, problem, configs, call, device: call(**configs[choice])
+        monkeypatch.setattr(tuning, "launch", launch)
         for x, y in zip(ours(*case, 1.0, 1, torch.device("cuda")), want):
             assert (x - y.cpu()).norm() <= limit * y.norm(), choice
 
@@ -95,7 +104,8 @@ def test_a_batch_of_more_than_2_to_the_31_elements():
     v = torch.randn(1, H, W, C, device="cuda", dtype=torch.bfloat16).expand(B, H, W, C).contiguous()
     logits = torch.randn(1, 9, H, W, device="cuda", dtype=torch.bfloat16)
     out = elsa_attention(v, logits.expand(B, -1, -1, -1), kernel_size=3)
-    assert v.numel() > 2 ** 31 and torch.equal(out[0], out[-1]) and torch.equal(out[0], elsa_attention(v[:1], logits, kernel_size=3)[0])
+    assert v.numel() > 2 ** 31 and torch.equal(out[0], out[-1])
+    assert torch.equal(out[0], elsa_attention(v[:1], logits, kernel_size=3)[0])
 
 
 @pytest.mark.parametrize("compiled", (False, True))

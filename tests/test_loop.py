@@ -3,15 +3,17 @@ import math
 import os
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
 
 from eval import imagenet
-from train import classification
+from train import classification, loop
 from train.classification import mixed_cross_entropy
 from train.config import resolve
 from train.run_folder import save_atomically
+from train.state import TrainingState
 from training import ROOT, TINY, assert_same, checkpoint, rows, tiny, train
 
 
@@ -51,7 +53,10 @@ def test_resumed_run_ends_bit_identical(tmp_path, monkeypatch, attn, amp):
     for name in ("model", "ema", "optimizer", "scaler", "epoch"):
         assert_same(whole[name], cut[name])
     assert amp != "fp16" or whole["scaler"]["_growth_tracker"] == 6  # steps that did not overflow
-    strip = lambda row: {name: value for name, value in row.items() if name not in ("images_per_s", "memory")}  # noqa: E731
+
+    def strip(row):
+        return {name: value for name, value in row.items() if name not in ("images_per_s", "memory")}
+
     assert [strip(row) for row in rows(tmp_path / "whole")] == [strip(row) for row in rows(tmp_path / "cut")]
     assert {"last.pt", "best.pt", "log.jsonl", "curves.png", "config.yaml"} == set(os.listdir(tmp_path / "cut"))
 
@@ -65,6 +70,51 @@ def test_resume_refuses_another_configuration(tmp_path):
         train(tiny(out=out, epochs=1))
     with pytest.raises(FileNotFoundError, match="no last.pt"):
         train(tiny(), resume=str(tmp_path / "absent"))
+
+
+def test_the_average_moves_with_every_step(tmp_path, monkeypatch):
+    states, make = [], TrainingState.checkpoint
+    monkeypatch.setattr(TrainingState, "checkpoint", lambda *args: states.append(deepcopy(make(*args))) or states[-1])
+    train(tiny(out=str(tmp_path / "run"), limit=8, epochs=2, ema=0.9, warmup_epochs=0))  # one step an epoch
+    first, second = states
+    for name, average in second["ema"].items():
+        expected = 0.9 * first["ema"][name] + 0.1 * second["model"][name]
+        assert torch.allclose(average, expected, atol=1e-6), name
+    assert not torch.equal(second["ema"]["head.weight"], second["model"]["head.weight"])
+
+
+def test_steps_are_made_at_the_scheduled_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "learning_rate", lambda step, *_: 0.0 if step < 3 else 1e-3)
+    train(tiny(out=str(tmp_path / "still"), epochs=1))
+    config = tiny(out=str(tmp_path / "moved"), epochs=2)
+    train(config)
+    start = TrainingState(config, 1, torch.device("cpu")).model.state_dict()
+    assert_same(dict(start), dict(checkpoint(tmp_path / "still")["model"]))
+    assert not torch.equal(start["head.weight"], checkpoint(tmp_path / "moved")["model"]["head.weight"])
+
+
+def test_every_pass_of_every_epoch_draws_anew(tmp_path, monkeypatch):
+    drawn, loss = [], classification.loss
+
+    def record(model, batch, config, rng):
+        drawn.append((rng.random(), torch.rand(()).item(), batch[0].sum().item()))
+        return loss(model, batch, config, rng)
+    monkeypatch.setattr(classification, "loss", record)
+    train(tiny(out=str(tmp_path / "run"), epochs=2, accumulate=2))
+    assert len(drawn) == 12 and all(len(set(column)) == 12 for column in zip(*drawn))
+
+
+def test_the_average_is_what_is_evaluated(tmp_path, monkeypatch):
+    evaluated = []
+
+    def evaluate(model, *_):
+        evaluated.append(deepcopy(model.state_dict()))
+        return {"top1": 0.0, "top5": 0.0, "loss": 1.0}
+    monkeypatch.setattr(imagenet, "evaluate", evaluate)
+    train(tiny(out=str(tmp_path / "run"), epochs=2, limit=8, ema=0.9))
+    saved = checkpoint(tmp_path / "run")
+    assert_same(dict(evaluated[-1]), dict(saved["ema"]))
+    assert not torch.equal(saved["ema"]["head.weight"], saved["model"]["head.weight"])
 
 
 def test_accumulation_changes_losses_by_rounding_alone(tmp_path):

@@ -1,4 +1,4 @@
-"""The plan of the house: who may import whom, how long a line and a file may be, and what stands at the top."""
+"""The structure of the code: who may import whom, how long a line and a file may be, what stands at the top."""
 import ast
 import subprocess
 import sys
@@ -52,14 +52,14 @@ def complaints(root):
              for name, path in modules.items()}
     found = []
     for name, path in modules.items():
-        room = name.split(".")[0]
+        folder = name.split(".")[0]
         for target, inside in graph[name]:
             top = target.split(".")[0]
-            if room in ORDER and top in ORDER and ORDER.index(top) < ORDER.index(room):
+            if folder in ORDER and top in ORDER and ORDER.index(top) < ORDER.index(folder):
                 found.append(f"{path} imports {target}: an arrow that runs back")
-            elif room in OUTSIDE and top not in {*ORDER, *OUTSIDE[room], *sys.stdlib_module_names}:
-                found.append(f"{path} imports {target}: {room} must do without")
-            if inside and room != "run" and top not in LATE and not needs_triton(target, graph):
+            elif folder in OUTSIDE and top not in {*ORDER, *OUTSIDE[folder], *sys.stdlib_module_names}:
+                found.append(f"{path} imports {target}: {folder} must do without")
+            if inside and folder != "run" and top not in LATE and not needs_triton(target, graph):
                 found.append(f"{path} imports {target} inside a function")
     return [*dict.fromkeys(found), *(f"a cycle: {' -> '.join(cycle)}" for cycle in cycles(graph))]
 

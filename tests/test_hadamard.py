@@ -1,4 +1,4 @@
-"""kernels.hadamard, which makes ELSA's attention maps, against torch's own convolution: on the CPU path and on the Triton kernels."""
+"""kernels.hadamard, which makes ELSA's attention maps, against torch's own convolution, on both paths."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from kernels import hadamard
 from models.elsa import ELSA
 from published import assert_close
 
+on_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -29,55 +30,60 @@ def expected(projection, parameters, grad, scale, dilation):
     projection, weight, bias = leaves = [x.double().requires_grad_() for x in (projection, *parameters)]
     Q, width, k, _ = weight.shape
     h = (projection[..., :Q] * projection[..., Q:2 * Q] * scale).permute(0, 3, 1, 2)
-    z = F.gelu(F.conv2d(h, weight, bias, padding=k // 2 * dilation, dilation=dilation, groups=Q // width)).permute(0, 2, 3, 1)
+    u = F.conv2d(h, weight, bias, padding=k // 2 * dilation, dilation=dilation, groups=Q // width)
+    z = F.gelu(u).permute(0, 2, 3, 1)
     return [z, *torch.autograd.grad(z, leaves, grad.double())]
 
 
 def ours(projection, parameters, grad, scale, dilation, device):
     projection, weight, bias = leaves = [x.to(device).requires_grad_() for x in (projection, *parameters)]
     Q = weight.shape[0]
-    z = hadamard(projection[..., :Q], projection[..., Q:2 * Q], *(x.to(projection.dtype) if device.type == "cpu" else x for x in (weight, bias)),
-                 scale=scale, dilation=dilation)
+    cast = lambda x: x.to(projection.dtype) if device.type == "cpu" else x
+    q, k = projection[..., :Q], projection[..., Q:2 * Q]
+    z = hadamard(q, k, cast(weight), cast(bias), scale=scale, dilation=dilation)
     return [x.cpu().double() for x in (z, *torch.autograd.grad(z, leaves, grad.to(device)))]
 
 
 def compare(case, scale, dilation, name, tolerance):
     wanted = expected(*case, scale, dilation)
-    with backend(name) as device, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the library may win on a GPU
-        for part, reference, result in zip(("z", "dprojection", "dweight", "dbias"), wanted, ours(*case, scale, dilation, device)):
+    with backend(name) as device, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        results = ours(*case, scale, dilation, device)
+        for part, reference, result in zip(("z", "dprojection", "dweight", "dbias"), wanted, results):
             assert_close(f"{part}, {name}", reference, result, tolerance)
 
 
 @settings(deadline=None, max_examples=25)
-@given(H=st.integers(1, 6), W=st.integers(1, 6), groups=st.integers(1, 5), width=st.sampled_from([1, 3, 4, 8]), k=st.sampled_from([1, 3, 5]),
-       dilation=st.integers(1, 2), scale=st.sampled_from([1.0, 0.3]), seed=st.integers(0, 999))
+@given(H=st.integers(1, 6), W=st.integers(1, 6), groups=st.integers(1, 5), width=st.sampled_from([1, 3, 4, 8]),
+       k=st.sampled_from([1, 3, 5]), dilation=st.integers(1, 2), scale=st.sampled_from([1.0, 0.3]),
+       seed=st.integers(0, 999))
 def test_cpu_path_of_torchs_convolution(H, W, groups, width, k, dilation, scale, seed):
     compare(problem(seed, 1, H, W, groups, width, k), scale, dilation, "cpu", 1e-4)
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@on_triton
 @settings(deadline=None, max_examples=12)
-@given(H=st.integers(1, 5), W=st.integers(1, 5), groups=st.integers(1, 5), width=st.sampled_from([1, 2, 3, 4, 5, 8, 16, 17, 40]),
-       k=st.sampled_from([1, 3]), dilation=st.integers(1, 2), scale=st.sampled_from([1.0, 0.3]), seed=st.integers(0, 999))
-@example(H=4, W=5, groups=2, width=40, k=3, dilation=2, scale=0.3, seed=0)  # blocks so wide that a row of taps takes two products
+@given(H=st.integers(1, 5), W=st.integers(1, 5), groups=st.integers(1, 5),
+       width=st.sampled_from([1, 2, 3, 4, 5, 8, 16, 17, 40]), k=st.sampled_from([1, 3]), dilation=st.integers(1, 2),
+       scale=st.sampled_from([1.0, 0.3]), seed=st.integers(0, 999))
+@example(H=4, W=5, groups=2, width=40, k=3, dilation=2, scale=0.3, seed=0)  # so wide that a row takes two products
 def test_kernels_of_torchs_convolution(H, W, groups, width, k, dilation, scale, seed):
     compare(problem(seed, 1, H, W, groups, width, k), scale, dilation, "triton", 1e-4)
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@on_triton
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_kernels_at_the_published_size_of_window_and_in_every_dtype(dtype):
     compare(problem(1, 2, 9, 8, 4, 4, 7, dtype), 1.0, 1, "triton", TOLERANCE[dtype])
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@on_triton
 def test_several_tiles_and_chunks(monkeypatch):
-    from kernels import generator
-    monkeypatch.setattr(generator, "CHUNK", 128)  # a multiple of every tile
+    from kernels import convolution
+    monkeypatch.setattr(convolution, "SPLIT_SIZE", 128)  # a multiple of every tile
     compare(problem(2, 2, 23, 11, 5, 4, 3), 1.0, 1, "triton", 1e-4)
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@on_triton
 def test_two_runs_are_bit_identical_and_the_operator_is_registered_rightly():
     projection, (weight, bias), grad = problem(3)
     with backend("triton") as device:
@@ -94,7 +100,7 @@ def test_two_runs_are_bit_identical_and_the_operator_is_registered_rightly():
             gradient.sum().backward()
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@on_triton
 def test_a_layer_is_the_same_on_both_paths():
     torch.manual_seed(0)
     layer, x = ELSA(12, 2, kernel_size=3, group_width=4, qk_scale=1), torch.randn(2, 5, 4, 12)
@@ -103,8 +109,50 @@ def test_a_layer_is_the_same_on_both_paths():
         assert_close("layer", wanted, layer.to(device)(x.to(device)).cpu(), 1e-5)
 
 
-@pytest.mark.parametrize("change, words", [(dict(q=(1, 4, 5, 8)), "q, k: got shapes"), (dict(weight=(12, 5, 3, 3)), "a width that divides 12"),
-                                           (dict(weight=(12, 4, 2, 2)), "an odd k"), (dict(bias=(11,)), r"bias: got shape \(11,\)")])
+@on_triton
+@pytest.mark.parametrize("layout", ("surrounded by NaN", "channels first"))
+def test_what_lies_beside_the_channels_in_memory_is_not_read(layout):
+    """A block of channels reaches past the last group. NaN there must not come through, not even times zero."""
+    projection, parameters, grad = problem(4, groups=3)
+    Q = 12
+
+    def elsewhere(x):
+        if layout == "channels first":
+            return x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        wide = torch.full((*x.shape[:3], Q + 7), float("nan"), device=x.device)
+        wide[..., 3:3 + Q] = x
+        return wide[..., 3:3 + Q]
+
+    def run(place):
+        q, k, weight, bias = (x.to(device).detach()
+                              for x in (projection[..., :Q], projection[..., Q:2 * Q], *parameters))
+        leaves = [x.requires_grad_() for x in (place(q), place(k), weight, bias)]
+        z = hadamard(*leaves)
+        return z, *torch.autograd.grad(z, leaves, place(grad.to(device)))
+
+    with backend("triton") as device:
+        for alone, beside in zip(run(torch.clone), run(elsewhere)):
+            assert torch.equal(alone, beside)
+
+
+@on_triton
+def test_nan_stays_in_its_block_of_channels():
+    """Three groups of five leave one channel of a block of sixteen; in memory that is the first of the next block."""
+    projection, parameters, grad = problem(5, groups=6, width=5)
+    with backend("triton") as device:
+        clean = ours(*problem(5, groups=6, width=5), 1.0, 1, device)
+        projection[0, 1, 1, 15], grad[0, 1, 1, 15] = float("nan"), float("nan")
+        z, dprojection, dweight, dbias = ours(projection, parameters, grad, 1.0, 1, device)
+    assert z[..., 15:20].isnan().any()
+    for dirty, right in ((z[..., :15], clean[0][..., :15]), (dprojection[..., :15], clean[1][..., :15]),
+                         (dweight[:15], clean[2][:15]), (dbias[:15], clean[3][:15])):
+        assert torch.equal(dirty, right)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(q=(1, 4, 5, 8)), "q, k: got shapes"), (dict(weight=(12, 5, 3, 3)), "a width that divides 12"),
+    (dict(weight=(12, 4, 2, 2)), "an odd k"), (dict(weight=(12, 4, 3, 5)), "weight: got shape"),
+    (dict(bias=(11,)), r"bias: got shape \(11,\)")])
 def test_mistakes_are_named(change, words):
     shapes = {**dict(q=(1, 4, 5, 12), k=(1, 4, 5, 12), weight=(12, 4, 3, 3), bias=(12,)), **change}
     with pytest.raises(ValueError, match=words):

@@ -1,0 +1,268 @@
+"""ELSA's aggregation in Triton: one forward kernel, three backward kernels; aggregation.py launches them.
+
+A program computes BLOCK_S strips of one head of one sample. It walks over the rows of the window in a loop and over its
+columns unrolled, see window.py. Sums are float32 (float64 for float64 input). Nothing is added atomically: dv gathers
+from the output pixels that read it, and the filters' gradients are partial sums, one per program.
+
+Inside one sample offsets are 32-bit, from sample to sample 64-bit. num_rows is KERNEL_SIZE once more, as a number that
+the compiler does not know: otherwise it unrolls short loops over rows as well, and runs out of registers.
+"""
+import triton
+import triton.language as tl
+
+from kernels.window import (
+    load_attention,
+    load_filter,
+    load_ghosts,
+    load_pixel,
+    log_sum_exp,
+    reading_pixel,
+    row_of_window,
+    strips,
+    sum_over_taps,
+)
+
+
+@triton.jit
+def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
+                   H, W, Ho, Wo, G, num_rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_mul, s_add,
+                   KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
+                   HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr,
+                   MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
+                   STRIP: tl.constexpr, BLOCK_S: tl.constexpr):
+    """out (B, Ho, Wo, C) and, with NORMALIZE, the softmax's log-sum-exp (B, G, Ho * Wo).
+
+        lse    = log sum_t exp(logits[b, g, t, y, x])                          for each b, g and output pixel (y, x)
+        a[t]   = exp(logits[b, g, t, y, x] - lse)                              (K,)
+        f[t]   = a[t] * mul[t] + add[t]                                        (K, HEAD_DIM), of head g
+        out    = sum over t = (i, j) of f[t] * v[b, y * STRIDE + (i-r) * DILATION, x * STRIDE + (j-r) * DILATION, g]
+    """
+    b, g, o_y, o_x = strips(Ho, Wo, STRIP, BLOCK_S, False)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    o_p = o_y * Wo + o_x  # of each strip's first pixel
+    C = G * HEAD_DIM
+
+    p_logits += b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc
+    m_p = ()
+    b_lse = ()
+    b_out = ()
+    for p in tl.static_range(STRIP):
+        m_p = m_p + ((o_y < Ho) & (o_x + p < Wo),)
+        b_out = b_out + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
+        b_lse = b_lse + (tl.zeros([BLOCK_S], dtype=ACC),)
+    if NORMALIZE:
+        p_lse += (b * G + g) * (Ho * Wo)
+        b_lse = log_sum_exp(p_logits, s_lc, s_lp, p_lse, Ho, Wo, num_rows, KERNEL_SIZE, STRIP, BLOCK_S, ACC)
+
+    p_l = p_logits + o_p * s_lp  # [BLOCK_S]
+    p_v += b * s_vb + g * HEAD_DIM
+    p_mul += b * s_mul + g * HEAD_DIM + o_d
+    p_add += b * s_add + g * HEAD_DIM + o_d
+    b_out = sum_over_taps(b_out, p_v, p_l, p_mul, p_add, b_lse, m_p, o_y, o_x, o_d, m_d, H, W, Ho, C, num_rows,
+                          s_vy, s_vx, s_lc, s_lp,
+                          KERNEL_SIZE, DILATION, STRIDE, ATTENTION, NORMALIZE, MUL, ADD, ACC, STRIP)
+    for p in tl.static_range(STRIP):
+        p_o = (p_out + b * Ho * Wo * C + g * HEAD_DIM + (o_p + p) * C)[:, None] + o_d[None, :]
+        tl.store(p_o, b_out[p], mask=m_p[p][:, None] & m_d[None, :])
+
+
+@triton.jit
+def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
+              H, W, Ho, Wo, G, num_rows, s_lb, s_lc, s_lp, s_mul, s_add,
+              KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
+              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr,
+              MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
+              STRIP: tl.constexpr, BLOCK_S: tl.constexpr):
+    """dv (B, H, W, C): each input pixel gathers from the output pixels that read it.
+
+        y', x' = (y - (i-r) * DILATION) / STRIDE, (x - (j-r) * DILATION) / STRIDE     where whole and in the output
+        f[t]   = exp(logits[b, g, t, y', x'] - lse[b, g, y', x']) * mul[t] + add[t]   (K, HEAD_DIM), of head g
+        dv     = sum over t = (i, j) of f[t] * go[b, y', x', g]                       for each b, g, input pixel (y, x)
+
+    The window is that of the forward pass, mirrored: from left to right its pixels read (y, x) as the last tap first.
+    """
+    b, g, o_y, o_x = strips(H, W, STRIP, BLOCK_S, False)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    C = G * HEAD_DIM
+
+    p_logits += b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc
+    p_lse += (b * G + g) * (Ho * Wo)
+    p_go += b * Ho * Wo * C + g * HEAD_DIM
+    p_mul += b * s_mul + g * HEAD_DIM + o_d
+    p_add += b * s_add + g * HEAD_DIM + o_d
+    b_dv = ()
+    for p in tl.static_range(STRIP):
+        b_dv = b_dv + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
+    for i in range(num_rows):
+        o_out_y = o_y - (i - KERNEL_SIZE // 2) * DILATION
+        m_y = (o_y < H) & (o_out_y >= 0)
+        if STRIDE > 1:
+            m_y &= o_out_y % STRIDE == 0
+            o_out_y = o_out_y // STRIDE
+        m_y &= o_out_y < Ho
+        # The window; these tiles leave it before they are used.
+        b_go, b_lse, m_out = (b_dv[0],), (tl.zeros([BLOCK_S], dtype=ACC),), (m_y,)
+        for column in tl.static_range(STRIP - 1 + KERNEL_SIZE):
+            o_out, right, m_new = reading_pixel(o_out_y, o_x, column - KERNEL_SIZE // 2, m_y, Wo, DILATION, STRIDE)
+            p_new = (p_go + o_out * C)[:, None] + o_d[None, :] + right * C
+            b_go = b_go + (tl.load(p_new, mask=m_new[:, None] & m_d[None, :], other=0.0).to(ACC),)
+            m_out = m_out + (m_new,)
+            if NORMALIZE:
+                b_lse = b_lse + (tl.load(p_lse + o_out + right, mask=m_new, other=0.0),)
+            else:
+                b_lse = b_lse + (b_lse[0],)
+            if column >= STRIP - 1:  # the window is full: of tap j = KERNEL_SIZE - 1 - (column - (STRIP - 1))
+                b_go, b_lse, m_out = b_go[1:], b_lse[1:], m_out[1:]
+                t = i * KERNEL_SIZE + KERNEL_SIZE + STRIP - 2 - column
+                b_mul, b_add = load_ghosts(p_mul, p_add, m_d, t * C, MUL, ADD, ACC)
+                for p in tl.static_range(STRIP):
+                    p_l = p_logits + o_out * s_lp + (right - (STRIP - 1 - p)) * s_lp + t * s_lc
+                    b_f = load_filter(p_l, b_mul, b_add, b_lse[p], m_out[p], ATTENTION, NORMALIZE, MUL, ADD, ACC)
+                    # [BLOCK_S, BLOCK_D] * [1 or BLOCK_S, 1 or BLOCK_D] -> [BLOCK_S, BLOCK_D]
+                    b_dv = b_dv[:p] + (b_dv[p] + b_go[p] * b_f,) + b_dv[p + 1:]
+    for p in tl.static_range(STRIP):
+        p_o = (p_dv + b * H * W * C + g * HEAD_DIM + (o_y * W + o_x + p) * C)[:, None] + o_d[None, :]
+        tl.store(p_o, b_dv[p], mask=((o_y < H) & (o_x + p < W))[:, None] & m_d[None, :])
+
+
+@triton.jit
+def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
+                   H, W, Ho, Wo, G, num_rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_db, s_dc, s_dp, s_mul,
+                   KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
+                   HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
+                   MUL: tl.constexpr, ACC: tl.constexpr,
+                   STRIP: tl.constexpr, BLOCK_S: tl.constexpr):
+    """dlogits, laid out as logits are.
+
+        a[t]       = exp(logits[b, g, t, y, x] - lse)                          for each b, g and output pixel (y, x)
+        da[t]      = sum over the head's channels of go * v(tap t) * mul[t]    (K,)
+        inner      = sum over the head's channels of go * (sum_t a[t] * mul[t] * v(tap t)), which is sum_t a[t] * da[t]
+        dlogits[t] = a[t] * (da[t] - inner)                                    (K,); without NORMALIZE da[t]
+
+    So a first walk over the taps, for inner, needs one multiply-add per tap and channel and no reduction.
+    """
+    b, g, o_y, o_x = strips(Ho, Wo, STRIP, BLOCK_S, False)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    o_p = o_y * Wo + o_x
+    C = G * HEAD_DIM
+
+    p_l = p_logits + b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc + o_p * s_lp
+    p_dl = p_dlogits + b * s_db + g * (KERNEL_SIZE * KERNEL_SIZE) * s_dc + o_p * s_dp
+    p_v += b * s_vb + g * HEAD_DIM
+    p_mul += b * s_mul + g * HEAD_DIM + o_d
+    m_p, b_go, b_lse, b_inner, b_attended = (), (), (), (), ()
+    for p in tl.static_range(STRIP):
+        m = (o_y < Ho) & (o_x + p < Wo)
+        m_p = m_p + (m,)
+        p_g = (p_go + b * Ho * Wo * C + g * HEAD_DIM + (o_p + p) * C)[:, None] + o_d[None, :]
+        b_go = b_go + (tl.load(p_g, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC),)
+        b_inner = b_inner + (tl.zeros([BLOCK_S], dtype=ACC),)
+        b_attended = b_attended + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
+        if NORMALIZE:
+            b_lse = b_lse + (tl.load(p_lse + (b * G + g) * (Ho * Wo) + o_p + p, mask=m, other=0.0),)
+        else:
+            b_lse = b_lse + (b_inner[0],)
+    if NORMALIZE:
+        b_attended = sum_over_taps(b_attended, p_v, p_l, p_mul, p_mul, b_lse, m_p, o_y, o_x, o_d, m_d,
+                                   H, W, Ho, C, num_rows, s_vy, s_vx, s_lc, s_lp,
+                                   KERNEL_SIZE, DILATION, STRIDE, True, True, MUL, False, ACC, STRIP)
+        b_inner = ()
+        for p in tl.static_range(STRIP):
+            # sum over channels of [BLOCK_S, BLOCK_D] * [BLOCK_S, BLOCK_D] -> [BLOCK_S]
+            b_inner = b_inner + (tl.sum(b_go[p] * b_attended[p], axis=1),)
+    for i in range(num_rows):
+        p_row, m_y = row_of_window(p_v, o_y, o_x, o_d, i, H, Ho, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
+        b_v = (b_attended[0],)  # the window, as in sum_over_taps
+        for column in tl.static_range(STRIP - 1 + KERNEL_SIZE):
+            b_v = b_v + (load_pixel(p_row, o_x * STRIDE, column - KERNEL_SIZE // 2, DILATION, s_vx, W, m_y, m_d, ACC),)
+            if column >= STRIP - 1:
+                b_v = b_v[1:]
+                t = i * KERNEL_SIZE + column - (STRIP - 1)
+                b_mul, _ = load_ghosts(p_mul, p_mul, m_d, t * C, MUL, False, ACC)
+                for p in tl.static_range(STRIP):
+                    b_product = b_go[p] * b_v[p]  # [BLOCK_S, BLOCK_D] * [BLOCK_S, BLOCK_D] -> [BLOCK_S, BLOCK_D]
+                    if MUL:
+                        b_product *= b_mul
+                    b_dl = tl.sum(b_product, axis=1)  # [BLOCK_S]
+                    if NORMALIZE:
+                        b_a = load_attention(p_l + t * s_lc + p * s_lp, b_lse[p], m_p[p], True, ACC)
+                        b_dl = b_a * (b_dl - b_inner[p])
+                    tl.store(p_dl + t * s_dc + p * s_dp, b_dl, mask=m_p[p])
+
+
+@triton.jit
+def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
+                  H, W, Ho, Wo, G, split_size, num_splits, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp,
+                  KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
+                  HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr,
+                  MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
+                  STRIP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Partial dmul and dadd, (B * num_splits, KERNEL_SIZE, KERNEL_SIZE rounded up to blocks of BLOCK_J, C).
+
+        a[t]    = exp(logits[b, g, t, y, x] - lse)                     for each b, g and output pixel (y, x)
+        dmul[t] = sum over (y, x) of a[t] * go[y, x] * v(tap t)        (K, HEAD_DIM), of head g
+        dadd[t] = sum over (y, x) of go[y, x] * v(tap t)               (K, HEAD_DIM), of head g
+
+    A program sums BLOCK_J neighbouring taps of a row over the split_size strips of one split of a sample. The programs
+    of one split follow each other, so that what the first reads of v and of go the others find in the cache.
+    """
+    blocks_per_row: tl.constexpr = (KERNEL_SIZE + BLOCK_J - 1) // BLOCK_J
+    split = tl.program_id(0) // (KERNEL_SIZE * blocks_per_row)  # of all samples
+    block = tl.program_id(0) % (KERNEL_SIZE * blocks_per_row)  # a row of taps, or a part of one
+    i, first_j = block // blocks_per_row, block % blocks_per_row * BLOCK_J
+    b = (split // num_splits).to(tl.int64)
+    g = tl.program_id(1)
+    per_row = (Wo + STRIP - 1) // STRIP
+    first = split % num_splits * split_size
+    last = tl.minimum(first + split_size, Ho * per_row)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    C = G * HEAD_DIM
+
+    p_v += b * s_vb + g * HEAD_DIM
+    p_go += b * Ho * Wo * C + g * HEAD_DIM
+    p_logits += b * s_lb + (g * (KERNEL_SIZE * KERNEL_SIZE) + i * KERNEL_SIZE) * s_lc
+    p_lse += (b * G + g) * (Ho * Wo)
+    b_dmul, b_dadd = (), ()
+    for j in tl.static_range(BLOCK_J):
+        b_dmul = b_dmul + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
+        b_dadd = b_dadd + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
+    for start in range(first, last, BLOCK_S):
+        o_s = start + tl.arange(0, BLOCK_S)
+        o_y, o_x = o_s // per_row, o_s % per_row * STRIP
+        o_p = o_y * Wo + o_x
+        p_row, m_y = row_of_window(p_v, o_y, o_x, o_d, i, H, Ho, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
+        m_y &= o_s < last
+        m_p, b_go, b_lse = (), (), ()
+        for p in tl.static_range(STRIP):
+            m = (o_s < last) & (o_x + p < Wo)
+            m_p = m_p + (m,)
+            p_g = (p_go + (o_p + p) * C)[:, None] + o_d[None, :]
+            b_go = b_go + (tl.load(p_g, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC),)
+            if MUL and NORMALIZE:
+                b_lse = b_lse + (tl.load(p_lse + o_p + p, mask=m, other=0.0),)
+            else:
+                b_lse = b_lse + (0.0,)
+        for column in tl.static_range(BLOCK_J + STRIP - 1):
+            b_v = load_pixel(p_row, o_x * STRIDE, first_j + column - KERNEL_SIZE // 2, DILATION, s_vx, W, m_y, m_d, ACC)
+            for p in tl.static_range(STRIP):
+                if column - p >= 0 and column - p < BLOCK_J:  # what pixel p reads as the block's tap column - p
+                    b_product = b_v * b_go[p]  # [BLOCK_S, BLOCK_D] * [BLOCK_S, BLOCK_D] -> [BLOCK_S, BLOCK_D]
+                    if ADD:
+                        b_sum = b_dadd[column - p] + b_product
+                        b_dadd = b_dadd[:column - p] + (b_sum,) + b_dadd[column - p + 1:]
+                    if MUL:
+                        p_l = p_logits + (o_p + p) * s_lp + tl.minimum(first_j + column - p, KERNEL_SIZE - 1) * s_lc
+                        b_a = load_attention(p_l, b_lse[p], m_p[p], NORMALIZE, ACC)
+                        # [BLOCK_S, BLOCK_D] * [BLOCK_S, 1] -> [BLOCK_S, BLOCK_D]
+                        b_sum = b_dmul[column - p] + b_product * b_a[:, None]
+                        b_dmul = b_dmul[:column - p] + (b_sum,) + b_dmul[column - p + 1:]
+    for j in tl.static_range(BLOCK_J):
+        o_f = (split.to(tl.int64) * (KERNEL_SIZE * blocks_per_row) + block) * BLOCK_J * C + j * C + g * HEAD_DIM + o_d
+        if ADD:
+            tl.store(p_dadd + o_f, tl.sum(b_dadd[j], axis=0), mask=m_d)
+        if MUL:
+            tl.store(p_dmul + o_f, tl.sum(b_dmul[j], axis=0), mask=m_d)

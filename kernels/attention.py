@@ -1,0 +1,209 @@
+"""elsa_attention: what callers may pass, and the torch operators behind it, elsa::attention and its backward."""
+import torch
+
+from kernels import backend
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def elsa_attention(v, logits, ghost_mul=None, ghost_add=None, *, kernel_size, dilation=1, stride=1, lam=1, gamma=1,
+                   normalize=True):
+    """Enhanced local self-attention's aggregation: each output pixel is a weighted sum of its window in v.
+
+        a[t]   = softmax over t of logits[t]  (normalize=True), or logits[t]
+        f[c,t] = a[g(c),t] * ghost_mul[c,t]**lam + gamma * ghost_add[c,t]
+        out[c] = sum_t v(tap t)[c] * f[c,t]
+
+    Tap t = i * kernel_size + j of output pixel (y, x) reads v at y*stride + (i-r)*dilation, x*stride + (j-r)*dilation,
+    with r = kernel_size // 2; v is 0 outside the image, where the taps keep their share of the softmax.
+
+    Args:
+        v: (B, H, W, C), any strides; read without a copy where channels are contiguous.
+        logits: (B, G*K, Ho, Wo) with K = kernel_size**2, head-major, then taps row by row; Ho = H // stride,
+            Wo = W // stride; G heads of C / G channels. Contiguous (NCHW) and channels_last memory are both read
+            without a copy; NCHW is the faster one on a GPU. None: no attention, the operator is a depth-wise
+            convolution with gamma * ghost_add.
+        ghost_mul: (C, kernel_size, kernel_size), or (B, C, kernel_size, kernel_size) for one filter a sample;
+            None or lam=0: not applied.
+        ghost_add: likewise; None or gamma=0: not applied.
+        kernel_size: side of the window, odd, >= 1. dilation, stride: >= 1.
+        lam: integer >= 0, the power of ghost_mul (it has negative entries, whose fractional powers are not real).
+        gamma: finite number, the weight of ghost_add.
+        normalize: take the softmax over the K taps.
+
+    v and logits have one dtype of float16, bfloat16, float32, float64 (under autocast they are cast to its dtype);
+    ghost filters have that dtype or float32. Sums are float32 (float64 for float64).
+
+    Returns:
+        (B, Ho, Wo, C), contiguous, in v's dtype.
+
+    Differentiable once in v, logits, ghost_mul and ghost_add; two runs are bit-identical. CUDA tensors go through the
+    Triton kernels, CPU tensors through a loop over taps, or through Triton's interpreter if TRITON_INTERPRET=1.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device; the message names it.
+
+    Source: arXiv 2112.12786, section 3. With normalize=False and per-sample filters this is a decoupled dynamic filter
+    (arXiv 2104.14107): lam=1, gamma=0 its product, lam=0, gamma=1 its sum.
+    """
+    if isinstance(v, torch.Tensor) and isinstance(logits, torch.Tensor):
+        if torch.is_autocast_enabled(v.device.type) and v.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(v.device.type)
+            v, logits = v.to(dtype), logits.to(dtype)
+    _check_numbers(kernel_size, dilation, stride, lam, gamma)
+    _check_tensors(v, logits, ghost_mul, ghost_add, kernel_size, stride)
+    mul = ghost_mul if logits is not None and lam != 0 else None
+    add = ghost_add if gamma != 0 else None
+    if mul is not None and lam != 1:
+        mul = mul ** lam
+    if add is not None and gamma != 1:
+        add = add * gamma
+    if logits is None and add is None:
+        raise ValueError("logits: None leaves ghost_add alone to act, and ghost_add is None or gamma is 0; "
+                         "pass logits, or ghost_add and a gamma other than 0")
+    return _attention(v, logits, mul, add, kernel_size, dilation, stride, normalize)[0]
+
+
+def _check_numbers(kernel_size, dilation, stride, lam, gamma):
+    for name, value in (("kernel_size", kernel_size), ("dilation", dilation), ("stride", stride)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: got {value!r}, expected an integer")
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size: got {kernel_size}, expected an odd number, so that the window has a centre; "
+                         f"try {kernel_size + 1}")
+    for name, value in (("lam", lam), ("gamma", gamma)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: got {value!r}, expected a number")
+    if lam < 0 or lam != lam // 1:
+        raise ValueError(f"lam: got {lam}, expected an integer >= 0: ghost_mul has negative entries, "
+                         "and their fractional powers are not real numbers")
+    if not abs(gamma) < float("inf"):
+        raise ValueError(f"gamma: got {gamma}, expected a finite number")
+
+
+def _check_tensors(v, logits, ghost_mul, ghost_add, kernel_size, stride):
+    for name, x in (("v", v), ("logits", logits), ("ghost_mul", ghost_mul), ("ghost_add", ghost_add)):
+        if x is not None or name == "v":
+            _check_type(name, x, v)
+    if v.ndim != 4:
+        raise ValueError(f"v: got shape {tuple(v.shape)}, expected (B, H, W, C), channels last")
+    B, H, W, C = v.shape
+    if logits is not None:
+        _check_logits(logits, v, kernel_size, H // stride, W // stride, stride)
+    static, per_sample = (C, kernel_size, kernel_size), (B, C, kernel_size, kernel_size)
+    for name, ghost in (("ghost_mul", ghost_mul), ("ghost_add", ghost_add)):
+        if ghost is not None and tuple(ghost.shape) not in (static, per_sample):
+            raise ValueError(f"{name}: got shape {tuple(ghost.shape)}, expected {static}, "
+                             f"or {per_sample} for one filter a sample")
+    for name, x in (("v", v), ("logits", logits)):
+        if x is not None and x.device.type != "cpu" and _sample_span(x) >= 2 ** 31:
+            raise ValueError(f"{name}: got {tuple(x.shape[1:])} a sample, expected fewer than 2**31 elements from a "
+                             "sample's first to its last, since the kernels' offsets inside a sample are 32-bit; "
+                             "split the image")
+
+
+def _check_type(name, x, v):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
+    if name == "v":
+        allowed, beside = FLOATS, ""
+    else:
+        allowed = (v.dtype,) if name == "logits" else tuple({v.dtype, torch.float32})
+        beside = f" beside v of {v.dtype}"
+    if x.dtype not in allowed:
+        expected = " or ".join(str(dtype) for dtype in allowed)
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected {expected}{beside}; "
+                        f"convert it with .to({allowed[-1]})")
+    if x.device != v.device:
+        raise ValueError(f"{name}: got a tensor on {x.device}, expected v's device {v.device}; "
+                         f"move it with .to({str(v.device)!r})")
+
+
+def _check_logits(logits, v, kernel_size, Ho, Wo, stride):
+    B, C, K = v.shape[0], v.shape[3], kernel_size ** 2
+    shape = tuple(logits.shape)
+    if len(shape) != 4 or shape[0] != B or shape[2:] != (Ho, Wo) or shape[1] % K or not shape[1]:
+        raise ValueError(f"logits: got shape {shape}, expected (B, heads * {K}, Ho, Wo) = "
+                         f"({B}, heads * {K}, {Ho}, {Wo}) for v of shape {tuple(v.shape)}, "
+                         f"kernel_size {kernel_size} and stride {stride}")
+    heads = shape[1] // K
+    if C % heads:
+        raise ValueError(f"logits: got {shape[1]} channels, which is {heads} heads, expected a number of heads that "
+                         f"divides v's {C} channels")
+
+
+def _sample_span(x):
+    """How many elements a sample's last element lies behind its first."""
+    return sum((size - 1) * abs(stride) for size, stride in zip(x.shape[1:], x.stride()[1:]))
+
+
+@torch.library.custom_op("elsa::attention", mutates_args=())
+def _attention(v: torch.Tensor, logits: torch.Tensor | None, mul: torch.Tensor | None, add: torch.Tensor | None,
+               kernel_size: int, dilation: int, stride: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, log-sum-exp of the logits for the backward pass); lam and gamma are already in mul and add."""
+    if 0 in (*v.shape, v.shape[1] // stride, v.shape[2] // stride):
+        empty = _fake_attention(v, logits, mul, add, kernel_size, dilation, stride, normalize)
+        return tuple(torch.zeros(x.shape, dtype=x.dtype, device=v.device) for x in empty)
+    with backend.on_device_of(v):
+        return backend.aggregation(v).forward(v, logits, mul, add, kernel_size, dilation, stride, normalize)
+
+
+@_attention.register_fake
+def _fake_attention(v, logits, mul, add, kernel_size, dilation, stride, normalize):
+    B, H, W, C = v.shape
+    Ho, Wo = H // stride, W // stride
+    lse = (B, logits.shape[1] // kernel_size ** 2, Ho, Wo) if normalize and logits is not None else (0,)
+    accumulator = torch.float64 if v.dtype == torch.float64 else torch.float32
+    return v.new_empty(B, Ho, Wo, C), v.new_empty(lse, dtype=accumulator)
+
+
+@torch.library.custom_op("elsa::attention_backward", mutates_args=())
+def _attention_backward(grad_out: torch.Tensor, v: torch.Tensor, logits: torch.Tensor | None, mul: torch.Tensor | None,
+                        add: torch.Tensor | None, lse: torch.Tensor, kernel_size: int, dilation: int, stride: int,
+                        normalize: bool, needs: list[bool]) -> list[torch.Tensor]:
+    """The gradients that `needs` asks for, of (v, logits, mul, add), in this order."""
+    arguments = (grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, normalize, needs)
+    promised = _fake_attention_backward(*arguments)
+    if grad_out.numel() == 0:
+        return [x.zero_() for x in promised]
+    with backend.on_device_of(v):
+        grads = [grad for grad in backend.aggregation(v).backward(*arguments) if grad is not None]
+    # Compiled code relies on the strides and dtypes that the fake kernel promised.
+    return [grad if grad.stride() == x.stride() and grad.dtype == x.dtype else x.copy_(grad)
+            for grad, x in zip(grads, promised)]
+
+
+@_attention_backward.register_fake
+def _fake_attention_backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, normalize, needs):
+    # dlogits keeps the layout of logits, so that the projection before it reads its own.
+    dlogits = None if logits is None else torch.empty_like(logits)
+    dmul, dadd = (None if x is None else x.new_empty(x.shape) for x in (mul, add))
+    return [x for x, need in zip((v.new_empty(v.shape), dlogits, dmul, dadd), needs) if need]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.kernel_size, ctx.dilation, ctx.stride, ctx.normalize = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    if grad_out is None:
+        return (None,) * 8
+    needs = list(ctx.needs_input_grad[:4])
+    numbers = ctx.kernel_size, ctx.dilation, ctx.stride, ctx.normalize
+    grads = iter(_attention_backward(grad_out, *ctx.saved_tensors, *numbers, needs))
+    return *(next(grads) if need else None for need in needs), None, None, None, None
+
+
+def no_second_derivative(ctx, *grads):
+    raise RuntimeError("elsa_attention and hadamard have a first derivative only; one was differentiated twice "
+                       "(create_graph=True). Use kernels.elsa_attention_reference and torch's convolution where a "
+                       "second derivative is needed")
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+_attention_backward.register_autograd(no_second_derivative)

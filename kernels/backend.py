@@ -1,0 +1,40 @@
+"""Which path a call takes, the Triton kernels or torch: decided here and nowhere else.
+
+The kernels are imported on their first use: Triton has no packages for macOS and Windows, where the CPU path must work.
+"""
+import os
+
+import torch
+
+from kernels import cpu
+
+MAX_GROUP_WIDTH = 128  # channels of a group in the convolution's kernels, whose tiles have no more columns
+
+
+def uses_triton(x):
+    """On CUDA always, on a CPU if TRITON_INTERPRET=1 asks for Triton's interpreter."""
+    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def aggregation(v):
+    """The module whose forward and backward aggregate v."""
+    if uses_triton(v):
+        from kernels import aggregation
+        return aggregation
+    return cpu
+
+
+def has_convolution(q, weight):
+    """Whether convolution() can take these; torch's own convolution takes what it cannot."""
+    return uses_triton(q) and q.dtype != torch.float64 and weight.shape[1] <= MAX_GROUP_WIDTH and q.numel() > 0
+
+
+def convolution():
+    """The module whose forward and backward make the attention maps."""
+    from kernels import convolution
+    return convolution
+
+
+def on_device_of(x):
+    """A context: Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device if x.is_cuda else -1)

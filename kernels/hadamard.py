@@ -1,0 +1,92 @@
+"""hadamard: what callers may pass, and the torch operators behind it, elsa::hadamard and its backward."""
+import torch
+import torch.nn.functional as F
+
+from kernels import backend
+from kernels.attention import no_second_derivative
+
+
+def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
+    """Hadamard attention, what ELSA makes its attention maps from.
+
+        z = GELU(scale * grouped convolution of (q * k) with weight + bias), zero-padded
+
+    Args:
+        q, k: queries and keys, (B, H, W, Q), channels last and side by side in memory, e.g. slices of one projection.
+        weight: (Q, width, kernel_size, kernel_size), groups of `width` channels, which divides Q; kernel_size odd.
+        bias: (Q,).
+        scale: of the product.
+        dilation: distance between taps.
+
+    Returns:
+        (B, H, W, Q) in q's dtype.
+
+    Differentiable once in q, k, weight and bias. CUDA tensors of float16, bfloat16 and float32 with groups of up to
+    128 channels go through Triton kernels, two runs of which are bit-identical, others through torch.
+
+    Raises:
+        ValueError: shapes that do not fit; the message names the argument.
+
+    Source: arXiv 2112.12786, section 3.1.
+    """
+    if q.ndim != 4 or q.shape != k.shape:
+        raise ValueError(f"q, k: got shapes {tuple(q.shape)} and {tuple(k.shape)}, "
+                         "expected the same (B, H, W, Q) for both")
+    Q = q.shape[3]
+    shape = tuple(weight.shape)
+    if len(shape) != 4 or shape[0] != Q or Q % max(1, shape[1]) or shape[2] != shape[3] or shape[3] % 2 == 0:
+        raise ValueError(f"weight: got shape {shape}, "
+                         f"expected ({Q}, width, k, k) with a width that divides {Q} and an odd k")
+    if tuple(bias.shape) != (Q,):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({Q},)")
+    if backend.has_convolution(q, weight):
+        q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+        return _hadamard(q, k, weight, bias, float(scale), dilation)[0]
+    h = (q * k if scale == 1 else q * k * scale).permute(0, 3, 1, 2)
+    u = F.conv2d(h, weight, bias, 1, shape[3] // 2 * dilation, dilation, Q // shape[1])
+    return F.gelu(u).permute(0, 2, 3, 1)
+
+
+@torch.library.custom_op("elsa::hadamard", mutates_args=())
+def _hadamard(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scale: float,
+              dilation: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(GELU(u), u)"""
+    with backend.on_device_of(q):
+        return backend.convolution().forward(q, k, weight, bias, scale, dilation)
+
+
+@_hadamard.register_fake
+def _fake_hadamard(q, k, weight, bias, scale, dilation):
+    return q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+@torch.library.custom_op("elsa::hadamard_backward", mutates_args=())
+def _hadamard_backward(dz: torch.Tensor, u: torch.Tensor, q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor,
+                       bias: torch.Tensor, scale: float, dilation: int) -> list[torch.Tensor]:
+    """Gradients of (q, k, weight, bias)."""
+    dz = dz if dz.stride(3) == 1 else dz.contiguous()
+    with backend.on_device_of(q):
+        dq, dk, dweight, dbias = backend.convolution().backward(dz, u, q, k, weight, scale, dilation)
+        return [dq, dk, dweight.to(weight.dtype), dbias.to(bias.dtype)]
+
+
+@_hadamard_backward.register_fake
+def _fake_hadamard_backward(dz, u, q, k, weight, bias, scale, dilation):
+    return [x.new_empty(x.shape) for x in (q, k, weight, bias)]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.dilation = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dz, du):
+    if dz is None:
+        return (None,) * 6
+    return *_hadamard_backward(dz, *ctx.saved_tensors, ctx.scale, ctx.dilation), None, None
+
+
+_hadamard.register_autograd(_backward, setup_context=_setup_context)
+_hadamard_backward.register_autograd(no_second_derivative)

@@ -1,0 +1,325 @@
+"""train/detection.py: folders and scenes, what is found in an image, augmentation, the recipes, training."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as oracle
+
+from photographs import coco_folder
+from train import detection
+from train.config import Config, resolve
+from train.photographs import resize, to_tensor
+from train.schedule import learning_rate
+from training import assert_resumes_bit_identically, detector
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return coco_folder(tmp_path / "coco")
+
+
+def bounds(mask):
+    """x0, y0, x1, y1 of what is True, x1 and y1 exclusive."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+
+
+# Data
+
+def test_objects_are_those_of_the_file(photos):
+    config = Config(data=str(photos), img_size=64, resize=(1.0, 1.0), crop=0.0, flip=0.0)
+    training, validation, classes = detection.datasets(config)
+    assert classes == ["green", "red", "blue"] and validation.category_ids == [3, 7, 90]
+    # Nothing can be learnt from an image without objects, but that nothing is found in it counts.
+    assert len(training) == 4 and len(validation) == 4
+    for i in range(4):
+        image, boxes, labels, masks = training[0, i]
+        assert image.dtype == torch.float32 and boxes.shape == (2, 4)
+        assert sorted(labels.tolist()) == [0, 1] and masks.shape == (2, *image.shape[1:])
+        for box, label, mask in zip(boxes, labels, masks):
+            x0, y0, x1, y1 = bounds(mask)
+            assert np.abs(box - [x0, y0, x1, y1]).max() <= 1
+            inner = image[:, y0 + 2:y1 - 2, x0 + 2:x1 - 2].mean((1, 2))
+            assert inner[1 - label] > inner[label] + 1  # red is class 1, channel 0
+
+
+def test_what_is_trained_on_is_large_enough_and_holds_more_than_a_crowd(photos):
+    file = photos / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    for name, width in (("0.png", 31), ("1.png", 32)):  # 60 x 31 and 67 x 32
+        image = next(image for image in content["images"] if image["file_name"] == name)
+        image["width"] = width
+    for entry in content["annotations"]:
+        entry["iscrowd"] |= entry["image_id"] == 98  # 2.png
+    file.write_text(json.dumps(content))
+    training, _, _ = detection.datasets(Config(data=str(photos), img_size=64))
+    assert [training.folder.images[i]["file_name"] for i in training.indices] == ["3.png", "1.png"]
+
+
+def test_a_limit_keeps_the_first_ids(photos):
+    training, validation, _ = detection.datasets(Config(data=str(photos), img_size=64, limit=2, val_limit=3))
+    assert [training.folder.images[i]["id"] for i in training.indices] == [97, 98] and len(training) == 2
+    assert [validation[i][3] for i in range(len(validation))] == [97, 98, 99]
+
+
+def test_photographs_are_grouped_by_their_orientation(photos):
+    training, _, _ = detection.datasets(Config(data=str(photos), img_size=64))
+    shapes = [training.folder.pixels(i).shape for i in training.indices]
+    assert training.groups == [int(w > h) for h, w, _ in shapes] and set(training.groups) == {0, 1}
+
+
+def test_exif_orientation_is_not_applied(photos):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.fromarray(np.full((60, 90, 3), 40, np.uint8)).save(photos / "val2017" / "0.png", exif=exif)
+    validation, _ = detection.validation_set(Config(data=str(photos), img_size=60))
+    assert validation[len(validation) - 1][2] == (60, 90)
+
+
+def test_batches_are_padded_to_multiples_of_32(photos):
+    training, _, _ = detection.datasets(Config(data=str(photos), img_size=64))
+    samples = [training[0, i] for i in range(3)]
+    images, sizes, targets = training.collate(samples)
+    assert images.shape[2] % 32 == images.shape[3] % 32 == 0
+    for i, (image, *_) in enumerate(samples):
+        h, w = sizes[i]
+        assert torch.equal(images[i, :, :h, :w], image)
+        assert images[i, :, h:].abs().sum() == images[i, :, :, w:].abs().sum() == 0
+        masks = targets[i]["masks"]
+        assert masks.shape[1:] == images.shape[2:] and not masks[:, h:].any() and not masks[:, :, w:].any()
+        assert np.array_equal(masks[:, :h, :w], samples[i][3])
+        assert np.array_equal(targets[i]["boxes"], samples[i][1]) and targets[i]["boxes"].dtype == torch.float32
+        assert np.array_equal(targets[i]["labels"], samples[i][2])
+
+
+def test_validation_photographs_are_resized_padded_and_described_as_in_the_file(photos):
+    validation, _ = detection.validation_set(Config(data=str(photos), img_size=48))
+    image, size, original, image_id, annotations = validation[2]  # 1.png, 67 x 79
+    assert (image_id, original, size, tuple(image.shape)) == (99, (67, 79), (48, 57), (3, 64, 64))
+    assert torch.equal(image[:, :48, :57], to_tensor(resize(validation.folder.pixels(2), (48, 57))))
+    assert not image[:, 48:].any() and not image[:, :, 57:].any()
+    assert [(entry["category_id"], entry["bbox"], entry["area"]) for entry in annotations] \
+        == [(1, [5, 8, 20, 30], 600), (0, [30, 20, 15, 25], 375)]
+    for entry in annotations:
+        assert oracle.toBbox(entry["segmentation"]).tolist() == entry["bbox"]
+    panorama, size = detection.resize_and_pad(np.zeros((20, 100, 3), np.uint8), 48)
+    assert size == (16, 80) and panorama.shape == (3, 32, 96)
+
+
+def test_polygons_too_short_are_no_pixels():
+    for segmentation in ([], [[1, 2, 3]]):
+        assert oracle.area(detection.run_lengths(segmentation, 50, 60, "x")) == 0
+
+
+def test_scenes_have_the_boxes_and_masks_of_the_drawing():
+    training, validation, classes = detection.datasets(Config(img_size=48, limit=20, val_limit=10))
+    image, boxes, labels, masks = training[3, 5]
+    assert image.shape == (3, 48, 48) and len(boxes) == len(labels) == len(masks)
+    assert not torch.equal(image, training[4, 5][0])
+    shown, size, original, image_id, annotations = validation[5]
+    assert shown.shape == (3, 64, 64) and size == original == (48, 48) and image_id == 5 and len(classes) == 8
+    for annotation in annotations:
+        code = annotation["segmentation"]
+        assert oracle.toBbox(code).tolist() == annotation["bbox"] and oracle.area(code) == annotation["area"]
+
+
+@pytest.mark.parametrize("change, found", [
+    ({}, True), ({"bbox": [2, 3, 1, 1]}, True), ({"bbox": [2, 3, 0.9, 5]}, False), ({"bbox": [2, 3, 5, 0.9]}, False),
+    ({"area": 0}, False), ({"area": 1}, True), ({"iscrowd": 1}, False), ({"bbox": [-5, 3, 5, 5]}, False),
+    ({"bbox": [-5, 3, 6, 5]}, True), ({"bbox": [30, 3, 5, 5]}, False), ({"bbox": [29, 3, 5, 5]}, True),
+    ({"bbox": [2, -5, 5, 5]}, False), ({"bbox": [2, 20, 5, 5]}, False), ({"bbox": [2, 19, 5, 5]}, True)])
+def test_crowds_and_what_is_out_of_the_image_or_below_a_pixel_are_not_trained_on(change, found):
+    entry = {"bbox": [2, 3, 5, 6], "area": 30, "iscrowd": 0, "category_id": 4,
+             "segmentation": [[2, 3, 7, 3, 7, 9, 2, 9]], **change}
+    boxes, labels, masks = detection.objects([entry], 20, 30, "x")
+    assert len(boxes) == len(labels) == len(masks) == found
+    if found:
+        x, y, w, h = entry["bbox"]
+        assert boxes.tolist() == [[x, y, x + w, y + h]] and labels.tolist() == [4]
+        assert np.argwhere(masks[0]).min(0).tolist() == [3, 2] and np.argwhere(masks[0]).max(0).tolist() == [8, 6]
+
+
+# What is wrong with the data
+
+@pytest.mark.parametrize("content, words", [
+    (None, ["1 of the 5 photographs", "1.png"]),
+    (b"junk", ["1.png", "cannot be read"]),
+    (Image.new("RGB", (9, 9)), ["1.png", "9 x 9", "67 x 79"]),
+])
+def test_photographs_that_are_wrong_are_named(photos, content, words):
+    path = photos / "train2017" / "1.png"
+    path.unlink()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        content.save(path)
+    assert_said(photos, words)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda text: "{", ["instances_train2017.json", "not COCO's"]),
+    (lambda text: json.dumps({"images": [], "annotations": []}), ["no 'categories'"]),
+    (lambda text: text.replace('"category_id": 7', '"category_id": 8'), ["no 8"]),
+    (lambda text: text.replace("1.png", "../../1.png"), ["outside", "../../1.png", "refused"]),
+    (lambda text: text.replace("1.png", "/etc/passwd"), ["outside", "/etc/passwd", "refused"]),
+    (lambda text: text.replace("green", "yellow"), ["categories of train and val differ"]),
+    (lambda text: None, ["instances_train*.json", "found []"]),
+])
+def test_annotations_that_are_wrong_are_named(photos, damage, words):
+    file = photos / "annotations" / "instances_train2017.json"
+    text = damage(file.read_text())
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    assert_said(photos, words)
+
+
+@pytest.mark.parametrize("damaged", [
+    {"size": [5, 5], "counts": [25]}, {"size": [60, 90], "counts": [3]}, {"size": [60, 90], "counts": "abc"},
+    {"size": [60, 90]}, [["a", "b", 1, 2, 3, 4]], None])
+def test_segmentations_that_are_wrong_are_named(photos, damaged):
+    file = photos / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["segmentation"] = damaged
+    file.write_text(json.dumps(content))
+    assert_said(photos, ["instances_train2017.json, 0.png", "a segmentation cannot be read"])
+
+
+def assert_said(photos, words):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        training, _, _ = detection.datasets(Config(data=str(photos), img_size=32))
+        [training[0, i] for i in range(4)]
+    assert all(word in str(error.value) for word in words), error.value
+
+
+# Augmentation
+
+def test_augmented_objects_follow_the_pixels(photos):
+    config = Config(data=str(photos), img_size=64, resize=(0.6, 1.0), crop=0.5, flip=0.5)
+    training, _, _ = detection.datasets(config)
+    sizes = set()
+    for epoch, i in np.ndindex(12, len(training)):
+        image, boxes, labels, masks = training[epoch, i]
+        assert torch.equal(image, training[epoch, i][0])
+        sizes.add(tuple(image.shape))
+        assert (boxes[:, 2:] > boxes[:, :2]).all() and boxes.min(initial=0) >= 0
+        assert max(image.shape[1:]) <= 64 * 5 / 3
+        for box, label, mask in zip(boxes, labels, masks):
+            if mask[1:-1, 1:-1].sum() > 60:  # the whole of an object is of its colour, but for its border
+                inside = image[:, torch.from_numpy(np.ascontiguousarray(mask))]
+                assert (inside[1 - label] > inside[label]).float().mean() > 0.7
+                assert np.abs(box - bounds(mask)).max() <= 3
+    assert len(sizes) > 20
+
+
+def sample(H, W, n=6):
+    """A photograph whose every pixel says where it is, and objects at random in it."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:H, :W]
+    x0, y0 = rng.uniform(0, W - 4, n), rng.uniform(0, H - 4, n)
+    boxes = np.stack([x0, y0, rng.uniform(x0 + 2, W), rng.uniform(y0 + 2, H)], 1).astype(np.float32)
+    return np.stack([y, x, y + x], 2).astype(np.uint8), boxes, np.arange(n), rng.random((n, H, W)) < 0.5
+
+
+@pytest.mark.parametrize("H, W, ratio, size", [
+    (40, 50, 1.0, (48, 60)), (50, 40, 0.5, (30, 24)), (40, 50, 0.6, (28, 35)),
+    (20, 100, 1.0, (16, 80)), (20, 100, 0.5, (16, 80))])
+def test_resized_masks_are_those_of_the_pixels_above_left_of_them(H, W, ratio, size):
+    """In the last two, the long side is limited, whatever the ratio."""
+    pixels, boxes, _, masks = sample(H, W)
+    (h, w), (rows, columns) = size, (np.arange(side) * old // side for side, old in zip(size, (H, W)))
+    image, ours, seen = detection.rescale(pixels, boxes, masks, detector(img_size=48), ratio)
+    assert np.array_equal(image, resize(pixels, size)) and np.array_equal(seen, masks[:, rows][:, :, columns])
+    assert ours == pytest.approx(boxes * [w / W, h / H, w / W, h / H], rel=1e-6)
+    none = detection.rescale(pixels, boxes[:0], masks[:0], detector(img_size=48), ratio)
+    assert none[1].shape == (0, 4) and none[2].shape == (0, h, w)
+
+
+def test_boxes_beyond_the_image_end_at_its_border():
+    pixels, _, _, masks = sample(40, 50, 1)
+    boxes = np.float32([[-5, -6, 70, 80]])
+    assert detection.rescale(pixels, boxes, masks, detector(img_size=40), 0.5)[1].tolist() == [[0, 0, 25, 20]]
+
+
+def test_crops_are_one_rectangle_of_pixels_masks_and_boxes():
+    pixels, boxes, labels, masks = sample(80, 90)
+    config, heights, widths, lost, ends = detector(img_size=100), set(), set(), 0, set()
+    for seed in range(300):
+        torch.manual_seed(seed)
+        crop, ours, kept, seen = detection.random_crop(pixels, boxes, labels, masks, config)
+        (top, left), (h, w) = crop[0, 0, :2].tolist(), crop.shape[:2]
+        assert np.array_equal(crop, pixels[top:top + h, left:left + w])
+        expected = {}
+        for label, (x0, y0, x1, y1) in zip(labels, boxes - np.float32([left, top, left, top])):
+            box = max(0, x0), max(0, y0), min(w, x1), min(h, y1)
+            if box[0] < box[2] and box[1] < box[3]:
+                expected[label] = box
+        assert kept.tolist() == list(expected) and len(ours) == len(kept)
+        assert all(box.tolist() == pytest.approx(expected[label], abs=1e-4) for label, box in zip(kept, ours))
+        assert np.array_equal(seen, masks[kept, top:top + h, left:left + w])
+        heights.add(h)
+        widths.add(w)
+        lost += len(kept) < len(labels)
+        ends |= {("top", top), ("left", left), ("bottom", top + h), ("right", left + w)}
+    assert heights == widths == set(range(48, 76)) and lost > 20
+    assert ends >= {("top", 0), ("left", 0), ("bottom", 80), ("right", 90)}
+
+
+@pytest.mark.parametrize("H, W, heights, widths", [
+    (40, 60, {40}, set(range(48, 61))), (60, 40, set(range(48, 61)), {40})])
+def test_crops_of_small_photographs_are_as_large_as_those(H, W, heights, widths):
+    seen = set()
+    for seed in range(200):
+        torch.manual_seed(seed)
+        seen.add(detection.random_crop(*sample(H, W), detector(img_size=100))[0].shape[:2])
+    assert {h for h, _ in seen} == heights and {w for _, w in seen} == widths
+
+
+def test_all_ratios_are_drawn_and_a_crop_is_from_a_smaller_resize():
+    found = sample(100, 100)
+    plain, cropped = detector(img_size=100, resize=(0.6, 1.0), crop=0.0), []
+    sides = set()
+    for seed in range(150):
+        torch.manual_seed(seed)
+        sides.add(detection.augment(*found, plain)[0].shape[1])
+    assert sides == {60, 64, 68, 72, 76, 80, 84, 88, 92, 96, 100}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detection, "random_crop", lambda *inputs: cropped.append(inputs[0].shape[0]) or inputs[:4])
+        for seed in range(40):
+            torch.manual_seed(seed)
+            detection.augment(*found, detector(img_size=200, crop=1.0))
+    assert set(cropped) == {100, 125, 150} and len(cropped) == 40
+
+
+def test_flipped_objects_are_where_their_pixels_are():
+    pixels, boxes, labels, masks = sample(40, 50)
+    config = detector(img_size=40, resize=(1.0, 1.0), crop=0.0, flip=1.0)
+    image, ours, kept, seen = detection.augment(pixels, boxes, labels, masks, config)
+    assert torch.equal(image, to_tensor(pixels).flip(2)) and np.array_equal(seen, masks[:, :, ::-1])
+    assert ours == pytest.approx(boxes[:, [2, 1, 0, 3]] * [-1, 1, -1, 1] + [50, 0, 50, 0], abs=1e-4)
+    assert np.array_equal(kept, labels)
+
+
+# Training
+
+@pytest.mark.parametrize("model, recipe, drop_path, epochs, milestones", [
+    ("mask_rcnn_swin_t", None, 0.1, 12, (8, 11)),
+    ("mask_rcnn_swin_t", "mask_rcnn_swin_t_3x", 0.2, 36, (27, 33)),
+    ("cascade_mask_rcnn_swin_t", None, 0.0, 12, (8, 11)),
+    ("cascade_mask_rcnn_swin_s", "cascade_mask_rcnn_swin_s_3x", 0.75, 36, (27, 33))])
+def test_recipes_are_the_published_ones(model, recipe, drop_path, epochs, milestones):
+    config, _ = resolve(dict(model=model, data="coco"), recipe)
+    assert (config.lr, config.weight_decay, config.resize) == (1e-4, 0.05, (0.6, 1.0))
+    assert (config.img_size, config.batch_size) == (800, 16)
+    assert (config.drop_path_rate, config.epochs, config.milestones) == (drop_path, epochs, milestones)
+    steps = 117266 // 16
+    first, second = (milestone * steps for milestone in milestones)
+    rates = [learning_rate(step, steps, config) for step in (0, 250, 500, first - 1, first, second)]
+    assert rates == pytest.approx([1e-7, 5e-5, 1e-4, 1e-4, 1e-5, 1e-6], rel=2e-3)
+
+
+@pytest.mark.parametrize("model", ["mask_rcnn_swin_t", "cascade_mask_rcnn_swin_t"])
+def test_interrupted_run_on_scenes_ends_bit_identical(tmp_path, model):
+    assert_resumes_bit_identically(detector(model=model, accumulate=2), tmp_path)

@@ -1,0 +1,185 @@
+"""The tuner, with a clock of its own in place of a GPU; and by what the launchers tell problems apart."""
+import itertools
+import json
+
+import pytest
+import torch
+
+from backends import BACKENDS, backend
+from kernels import tuning
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("ELSA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_table", None)
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Pretend GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(pytest.importorskip("triton").testing, "do_bench", lambda run, **_: run())
+    return torch.device("cuda")
+
+
+CONFIGS = [dict(BLOCK=1), dict(BLOCK=2), dict(BLOCK=3)]
+
+
+def slow(BLOCK):
+    return {1: 5.0, 2: 1.0, 3: 2.0}[BLOCK]
+
+
+def as_a_new_process(monkeypatch):
+    monkeypatch.setattr(tuning, "_table", None)
+    monkeypatch.setattr(tuning, "_measure", lambda *_: pytest.fail("measured again"))
+
+
+def test_takes_the_fastest_and_remembers_it_on_disk(gpu, monkeypatch, tmp_path):
+    assert tuning.launch("forward", dict(k=3), CONFIGS, slow, gpu) == 1.0
+    assert list(tuning.tuned().values()) == [dict(BLOCK=2)]
+    as_a_new_process(monkeypatch)
+    assert tuning.launch("forward", dict(k=3), CONFIGS, slow, gpu) == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["tuned.json"]
+
+
+def test_measures_again_what_is_damaged_or_out_of_date(gpu, monkeypatch, tmp_path):
+    for content in ("{half a fi", "[]", None):
+        monkeypatch.setattr(tuning, "_table", None)
+        if content is None:  # a candidate that exists no more
+            table = tuning.tuned()
+            tuning.set_tuned({key: dict(BLOCK=64) for key in table})
+        else:
+            tuning.cache_file().write_text(content)
+        assert tuning.launch("forward", dict(k=3), CONFIGS, slow, gpu) == 1.0
+
+
+def test_problems_kernels_and_devices_are_told_apart(gpu, monkeypatch):
+    problems = dict(k=3), dict(k=5)
+    for kernel, problem, device in itertools.product(("forward", "dv"), problems, ("One GPU", "Other GPU")):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: device)
+        tuning.launch(kernel, problem, CONFIGS, slow, gpu)
+    assert len(tuning.tuned()) == len(json.loads(tuning.cache_file().read_text())) == 8
+
+
+def test_skips_what_does_not_fit_and_says_when_nothing_does(gpu):
+    from triton.runtime.errors import OutOfResources
+
+    def run(BLOCK):
+        if BLOCK != 3:
+            raise OutOfResources(2, 1, "shared memory")
+        return 7.0
+    assert tuning.launch("dv", dict(k=5), CONFIGS, run, gpu) == 7.0
+    with pytest.raises(RuntimeError, match="dv: none of"):
+        tuning.launch("dv", dict(k=7), CONFIGS[:2], run, gpu)
+
+
+def test_takes_the_first_without_a_gpu_and_under_capture(gpu, monkeypatch, tmp_path):
+    assert tuning.launch("forward", dict(k=3), CONFIGS, slow, torch.device("cpu")) == 5.0
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning.launch("forward", dict(k=3), CONFIGS, slow, gpu) == 5.0
+    assert not list(tmp_path.iterdir())
+
+
+def test_known_gpus_are_not_tuned(gpu, monkeypatch, tmp_path, capsys):
+    tuning.launch("forward", dict(k=3), CONFIGS, slow, gpu)
+    assert capsys.readouterr().err.startswith("tuning Pretend GPU | forward | k=3 ... BLOCK=2 ")
+    tuning.set_tuned({**tuning.tuned(), "Pretend GPU 2 | forward | k=3": dict(BLOCK=1)})
+    path = tuning.ship(gpu)
+    assert path == tmp_path / "shipped/Pretend-GPU.json"
+    assert json.loads(path.read_text()) == {"Pretend GPU | forward | k=3": dict(BLOCK=2)}
+    tuning.cache_file().unlink()
+    as_a_new_process(monkeypatch)
+    assert tuning.launch("forward", dict(k=3), CONFIGS, slow, gpu) == 1.0
+    assert not capsys.readouterr().err
+
+
+def test_ranks_share_one_table(gpu):
+    tuning.set_tuned({"Pretend GPU | x": dict(BLOCK=1)})
+    assert tuning.tuned() == {"Pretend GPU | x": dict(BLOCK=1)}
+
+
+def test_files_keep_what_other_processes_have_written_and_a_users_own_measurements_win(gpu, monkeypatch):
+    tuning.launch("forward", dict(k=3), CONFIGS, slow, gpu)
+    tuning.ship(gpu)
+    monkeypatch.setattr(tuning, "_table", {})  # a process that started earlier
+    tuning.launch("forward", dict(k=5), CONFIGS, slow, gpu)
+    ours = {key: dict(BLOCK=3) for key in tuning.tuned()}
+    tuning.cache_file().write_text(json.dumps({**json.loads(tuning.cache_file().read_text()), **ours}))
+    shipped = {key: dict(BLOCK=2) for key in ours}
+    (tuning.SHIPPED / "Pretend-GPU.json").write_text(json.dumps(shipped))
+    monkeypatch.setattr(tuning, "_table", None)
+    forward = "Pretend GPU | forward | "
+    assert tuning.tuned() == {forward + "k=3": dict(BLOCK=2), forward + "k=5": dict(BLOCK=3)}
+
+
+# By what the launchers tell problems apart: what changes the work of a pixel needs a choice of its own.
+
+@pytest.fixture
+def keys(monkeypatch):
+    """{kernel: problem} of the launches so far."""
+    if "triton" not in BACKENDS:
+        pytest.skip("Triton is not installed")
+    recorded = {}
+    monkeypatch.setattr(tuning, "launch", lambda kernel, problem, *_: recorded.update({kernel: problem}))
+    return recorded
+
+
+AGGREGATION = dict(B=1, dtype=torch.float32, kernel_size=3, dilation=1, stride=1, heads=2, width=4, side=4, mul=True,
+                   add=True, attention=True, layout=torch.contiguous_format)
+HADAMARD = dict(B=1, dtype=torch.float32, kernel_size=3, dilation=1, width=4, groups=4, side=4)
+
+
+def aggregation_keys(keys, B, dtype, kernel_size, dilation, stride, heads, width, side, mul, add, attention, layout):
+    """The same number of output pixels whatever the stride."""
+    from kernels import aggregation
+
+    keys.clear()
+    with backend("triton") as device:
+        zeros = lambda *shape: torch.zeros(shape, device=device, dtype=dtype)
+        C = heads * width
+        v, go = zeros(B, side * stride, side * stride, C), zeros(B, side, side, C)
+        logits = zeros(B, heads * kernel_size ** 2, side, side).contiguous(memory_format=layout) if attention else None
+        ghosts = [zeros(C, kernel_size, kernel_size) if present else None for present in (mul, add)]
+        numbers = kernel_size, dilation, stride, True
+        _, lse = aggregation.forward(v, logits, *ghosts, *numbers)
+        aggregation.backward(go, v, logits, *ghosts, lse, *numbers, (True, attention, mul, add))
+    return dict(keys)
+
+
+def hadamard_keys(keys, B, dtype, kernel_size, dilation, width, groups, side):
+    from kernels import convolution
+
+    keys.clear()
+    with backend("triton") as device:
+        zeros = lambda *shape: torch.zeros(shape, device=device, dtype=dtype)
+        Q = groups * width
+        q, weight = zeros(B, side, side, Q), zeros(Q, width, kernel_size, kernel_size)
+        convolution.forward(q, q, weight, zeros(Q), 1.0, dilation)
+        convolution.backward(q, q, q, q, weight, 1.0, dilation)
+    return dict(keys)
+
+
+@pytest.mark.parametrize("change", [
+    dict(dtype=torch.bfloat16), dict(kernel_size=5), dict(dilation=2), dict(stride=2), dict(heads=3), dict(width=8),
+    dict(side=8), dict(mul=False), dict(add=False), dict(attention=False),
+    dict(layout=torch.channels_last)], ids=str)
+def test_aggregations_that_differ_in_one_thing_have_keys_of_their_own(change, keys):
+    base = AGGREGATION
+    if "attention" in change:  # without logits there is one head, no multiplicative filter, and no layout
+        base = base | dict(heads=1, mul=False, layout=torch.channels_last)
+    one, other = aggregation_keys(keys, **base), aggregation_keys(keys, **base | change)
+    assert one.keys() == {"forward", "dv", "dlogits", "dghost"} and one.keys() - other.keys() <= {"dlogits"}
+    assert all(one[kernel] != other[kernel] for kernel in other)
+
+
+@pytest.mark.parametrize("change", [dict(dtype=torch.bfloat16), dict(kernel_size=5), dict(dilation=2),
+                                    dict(width=8, groups=2), dict(groups=8), dict(side=8)], ids=str)
+def test_convolutions_that_differ_in_one_thing_have_keys_of_their_own(change, keys):
+    one, other = hadamard_keys(keys, **HADAMARD), hadamard_keys(keys, **HADAMARD | change)
+    assert one.keys() == other.keys() == {"hadamard", "dqk", "dweight"}
+    assert all(one[kernel] != other[kernel] for kernel in one)
+
+
+def test_batches_and_images_of_nearly_one_size_share_a_key(keys):
+    """Else a detector, every image of which has another size, would be tuned for ever."""
+    for function, base in ((aggregation_keys, AGGREGATION), (hadamard_keys, HADAMARD)):
+        base = base | dict(side=7)
+        assert function(keys, **base) == function(keys, **base | dict(B=2, side=8))
