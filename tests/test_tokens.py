@@ -160,7 +160,9 @@ def test_smoothing_and_ground_truth():
 
 
 @pytest.mark.parametrize("options", [dict(scale=(0.2, 1.0)), dict(flip=1.0), dict(randaugment=9.0),
-                                     dict(scale=(0.3, 1.0), flip=0.5, randaugment=9.0)])
+                                     dict(scale=(0.3, 1.0), flip=0.5, randaugment=9.0),
+                                     dict(scale=(0.3, 1.0), flip=0.5, randaugment=9.0, crop_last=True,
+                                          token_labels="maps")])
 def test_map_goes_wherever_the_image_goes(options):
     """An image whose colours say where it was: what arrives at a pixel must have come from where `place` says."""
     H, W = 120, 160

@@ -1,4 +1,7 @@
-"""Augmentation for classification: crop, flip, RandAugment, erasing; and what validation does instead."""
+"""Augmentation for classification: crop, flip, RandAugment of images; mixing, erasing of batches; and validation's.
+
+Operations, ranges and probabilities are those of timm 0.4.9, which the published models were trained with.
+"""
 import math
 
 import numpy as np
@@ -16,31 +19,54 @@ FILL = [round(255 * mean) for mean in MEAN]  # of what a geometric operation unc
 
 
 class TrainingTransform:
-    """PIL image -> ((3, img_size, img_size) float32, matrix): crop, flip, RandAugment, normalisation, erasing.
+    """PIL image -> ((3, img_size, img_size) float32, matrix): crop, flip, RandAugment, normalisation.
+
+    With token labels and crop_last: flip, RandAugment of the whole image, crop, as TokenLabeling does.
 
     matrix, (3, 3), leads from homogeneous coordinates x, y, 1 in the result back to those in the image, both as shares
-    of width and height: label maps follow the image through it.
+    of width and height: label maps follow the image through it. With published_label_crop it exchanges rows and columns
+    of the crop, as the published code does; the image's own crop is right.
     """
 
     def __init__(self, config):
         self.size, self.scale, self.flip = config.img_size, config.scale, config.flip
-        self.randaugment = RandAugment(config.randaugment, config.randaugment_std) if config.randaugment else None
-        self.finish = v2.Compose([*TO_FLOAT, Erasing(config.erasing)])
+        self.interpolation, self.exchanged = config.interpolation, config.published_label_crop
+        self.steps = [self.random_crop, self.random_flip]
+        if config.randaugment:
+            self.steps.append(RandAugment(config.randaugment, config.randaugment_std, config.interpolation))
+        if config.token_labels and config.crop_last:
+            self.steps = [*self.steps[1:], self.random_crop]
+        self.finish = v2.Compose(TO_FLOAT)
 
     def __call__(self, image):
+        matrix = np.eye(3)
+        for step in self.steps:
+            image, transform = step(image)
+            matrix = matrix @ transform
+        return self.finish(image), matrix
+
+    def random_crop(self, image):
         W, H = image.size
         top, left, height, width = 0, 0, H, W
         if self.scale != (1.0, 1.0):
             top, left, height, width = v1.RandomResizedCrop.get_params(image, self.scale, (3 / 4, 4 / 3))
-        image = F.resized_crop(image, top, left, height, width, (self.size, self.size), BICUBIC)
-        matrix = np.array([[width / W, 0, left / W], [0, height / H, top / H], [0, 0, 1]])
+        image = image.crop((left, top, left + width, top + height))
+        image = image.resize((self.size, self.size), draw_filter(self.interpolation))
+        x, y = (width / W, left / W), (height / H, top / H)
+        if self.exchanged:
+            x, y = y, x
+        return image, np.array([[x[0], 0, x[1]], [0, y[0], y[1]], [0, 0, 1]])
+
+    def random_flip(self, image):
         if torch.rand(()) < self.flip:
-            image = F.horizontal_flip(image)
-            matrix = matrix @ [[-1, 0, 1], [0, 1, 0], [0, 0, 1]]
-        if self.randaugment:
-            image, transform = self.randaugment(image)
-            matrix = matrix @ transform
-        return self.finish(image), matrix
+            return F.horizontal_flip(image), np.array([[-1, 0, 1], [0, 1, 0], [0, 0, 1]])
+        return image, np.eye(3)
+
+
+def draw_filter(interpolation):
+    """The filter of Pillow for one resize: "bicubic", or with "random" bilinear as often as bicubic."""
+    bilinear = interpolation == "random" and torch.rand(()) < 0.5
+    return Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
 
 
 def validation_transform(img_size, crop_pct):
@@ -50,27 +76,27 @@ def validation_transform(img_size, crop_pct):
 
 class RandAugment:
     """RandAugment "m9-mstd0.5-inc1" on PIL images: two operations, each with probability 0.5, at a magnitude from N(9,
-    0.5).
-
-    Operations, their ranges, the clipping of magnitudes to 0..10 and the fill colour are those of timm, which the
-    published recipe was trained with. One difference remains: timm interpolates bilinearly or bicubically at random,
-    here it is always bicubic. Returns (image, matrix), see TrainingTransform; only for a square image the matrix is
-    right.
+    0.5), clipped to 0..10. What geometric operations uncover is filled with the mean colour. interpolation: see
+    draw_filter. Returns (image, matrix), see TrainingTransform.
     """
 
-    def __init__(self, magnitude=9.0, std=0.5):
-        self.magnitude, self.std = magnitude, std
+    def __init__(self, magnitude=9.0, std=0.5, interpolation="bicubic"):
+        self.magnitude, self.std, self.interpolation = magnitude, std, interpolation
 
     def __call__(self, image):
-        matrix = np.eye(3)
+        # In shares of the sides: x counts in heights while an operation computes, in widths before and after.
+        aspect, matrix = image.width / image.height, np.eye(3)
+        from_shares, to_shares = np.diag([aspect, 1, 1]), np.diag([1 / aspect, 1, 1])
         for operation in torch.randint(len(OPERATIONS), (2,)).tolist():
             applied, negated, noise = float(torch.rand(())), float(torch.rand(())), float(torch.randn(()))
             if applied < 0.5:
                 level = min(max(self.magnitude + self.std * noise, 0.0), 10.0) / 10
                 operation, signed = OPERATIONS[operation], -level if negated < 0.5 else level
-                image = operation(image, level, signed)
                 if isinstance(operation, Affine):
-                    matrix = matrix @ operation.matrix(signed, 1, 1)
+                    image = operation(image, level, signed, draw_filter(self.interpolation))
+                    matrix = matrix @ to_shares @ operation.matrix(signed, aspect, 1) @ from_shares
+                else:
+                    image = operation(image, level, signed)
         return image, matrix
 
 
@@ -92,14 +118,19 @@ class Affine:
         matrix[:2, :2], matrix[:2, 2] = linear, fixed - linear @ fixed + sides * self.shift(signed)
         return matrix
 
-    def __call__(self, image, level, signed):
+    def __call__(self, image, level, signed, resample=Image.Resampling.BICUBIC):
         coefficients = self.matrix(signed, *image.size)[:2].flatten().tolist()
-        return image.transform(image.size, Image.AFFINE, coefficients, Image.BICUBIC, fillcolor=tuple(FILL))
+        return image.transform(image.size, Image.Transform.AFFINE, coefficients, resample, fillcolor=tuple(FILL))
 
 
 def _rotation(signed):
     sine, cosine = math.sin(math.radians(30 * signed)), math.cos(math.radians(30 * signed))
     return (cosine, -sine), (sine, cosine)
+
+
+def _posterize(image, bits):
+    """Pillow's, which today refuses 0 bits; the published runs got black from it."""
+    return image.point([value & 256 - 2 ** (8 - bits) for value in range(256)] * 3)
 
 
 def _solarize_add(image, level):
@@ -113,7 +144,7 @@ OPERATIONS = (
     lambda image, level, signed: F.equalize(image),
     lambda image, level, signed: F.invert(image),
     Affine(_rotation, centred=True),
-    lambda image, level, signed: F.posterize(image, max(1, 4 - int(4 * level))),  # newer Pillow refuses 0 bits, black
+    lambda image, level, signed: _posterize(image, 4 - int(4 * level)),
     lambda image, level, signed: F.solarize(image, 256 - int(256 * level)),
     lambda image, level, signed: _solarize_add(image, level),
     lambda image, level, signed: F.adjust_saturation(image, 1 + 0.9 * signed),
@@ -125,19 +156,6 @@ OPERATIONS = (
     Affine(lambda signed: np.eye(2), shift=lambda signed: (0.45 * signed, 0)),
     Affine(lambda signed: np.eye(2), shift=lambda signed: (0, 0.45 * signed)),
 )
-
-
-class Erasing:
-    """With probability `p` fills a random rectangle, 2% to a third of the image, with a normal deviate per value."""
-
-    def __init__(self, p):
-        self.p = p
-
-    def __call__(self, image):
-        if torch.rand(()) < self.p:
-            top, left, height, width, _ = v1.RandomErasing.get_params(image, (0.02, 1 / 3), (0.3, 1 / 0.3), [0.0])
-            image[:, top:top + height, left:left + width] = torch.randn(3, height, width)
-        return image
 
 
 def mix(images, mixup, cutmix, rng):
@@ -162,3 +180,28 @@ def mix(images, mixup, cutmix, rng):
     mixed = images.clone()
     mixed[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
     return mixed, 1 - (bottom - top) * (right - left) / (H * W)  # the border may have cut the rectangle
+
+
+def erase(images, probability, rng):
+    """Random erasing: each image loses with `probability` a rectangle, 2% to a third of it, to noise, one normal
+    deviate per value -> a copy of the batch.
+
+    images: (B, C, H, W), mixed and normalised. rng: numpy Generator; the noise is drawn on the images' device. Sources:
+    arXiv 1708.04896; timm's mode "pixel", whose rectangles are smaller than the image along both sides, and which gives
+    an image up after ten that are not.
+    """
+    B, C, H, W = images.shape
+    images = images.clone()
+    generator = torch.Generator(images.device).manual_seed(int(rng.integers(2 ** 63)))
+    for b in range(B):
+        if rng.random() >= probability:
+            continue
+        for _ in range(10):
+            area, aspect = rng.uniform(0.02, 1 / 3) * H * W, math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if h < H and w < W:
+                top, left = rng.integers(H - h + 1), rng.integers(W - w + 1)
+                images[b, :, top:top + h, left:left + w] = torch.randn(
+                    C, h, w, generator=generator, device=images.device, dtype=images.dtype)
+                break
+    return images

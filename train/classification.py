@@ -8,7 +8,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import ImageFolder
 
 from train import data, scenes
-from train.augment import TrainingTransform, mix, validation_transform
+from train.augment import TrainingTransform, erase, mix, validation_transform
 from train.device import autocast
 from train.photographs import load_image, to_tensor
 from train.tokens import TokenLabels, dense_targets, draw_swap
@@ -45,6 +45,8 @@ def loss(model, batch, config, rng):
     """
     images, labels, *label_maps = batch
     images, own = mix(images, config.mixup, config.cutmix, rng)
+    if config.erasing:  # after mixing, as published: noise is of full strength, and not shared with the partner
+        images = erase(images, config.erasing, rng)
     inputs = [images]
     if config.mix_token:
         plain = getattr(model, "module", model)  # of DistributedDataParallel

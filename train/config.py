@@ -68,11 +68,14 @@ class Config:
 
     scale: tuple = key("augmentation", (0.08, 1.0), "share of the area that a random crop keeps; 1,1: no crop",
                        "classification")
+    interpolation: str = key("augmentation", "bicubic", "of crops and RandAugment; random: bilinear or bicubic",
+                             "classification")
     resize: tuple = key("augmentation", (0.5, 2.0), "ratio to img_size, from and to", ("segmentation", "detection"))
     crop: float = key("augmentation", 0.5, "probability of a crop before the resizing", "detection")
     flip: float = key("augmentation", 0.5, "probability of a horizontal flip")
     randaugment: float = key("augmentation", 0.0, "mean magnitude of RandAugment, 0 to 10; 0: off", "classification")
     randaugment_std: float = key("augmentation", 0.5, "standard deviation of that magnitude", "classification")
+    crop_last: bool = key("augmentation", False, "with token_labels: crop after RandAugment", "volo")
     mixup: float = key("augmentation", 0.0, "alpha; 0: off; with cutmix, a batch takes either", "classification")
     cutmix: float = key("augmentation", 0.0, "alpha; 0: off", "classification")
     mix_token: float = key("augmentation", 0.0, "alpha: two images exchange a box of tokens; 0: off", "volo")
@@ -81,6 +84,8 @@ class Config:
     label_smoothing: float = key("task", 0.0, "probability spread over all classes", "classification")
     crop_pct: float = key("task", 0.9, "validation: centre of an image of img_size / crop_pct", "classification")
     token_labels: str | None = key("task", None, "folder of label maps, CLASS/IMAGE.pt; null: image labels", "volo")
+    published_label_crop: bool = key("task", False,
+                                     "crop label maps with rows and columns exchanged, as published", "volo")
     dense_weight: float = key("task", 0.5, "weight of the tokens' loss", "volo")
     ground_truth: bool = key("task", False, "with token_labels: mix the image's label in", "volo")
     auxiliary_weight: float = key("task", 0.4, "weight of the auxiliary head's loss", "segmentation")
@@ -271,6 +276,7 @@ def check(config):
     expect(0 <= config.ema < 1, "ema", "0 (none) to below 1")
     expect(0 <= config.randaugment <= 10, "randaugment", "0 (off) to 10")
     expect(0 < config.scale[0] <= config.scale[1] <= 1, "scale", "two rising shares, as 0.08,1")
+    expect(config.interpolation in ("bicubic", "random"), "interpolation", "bicubic or random")
     expect(0 < config.crop_pct <= 2, "crop_pct", "above 0, up to 2")
     expect(not config.mix_token or not (config.mixup or config.cutmix), "mix_token",
            "0 beside mixup or cutmix: an image is mixed once")

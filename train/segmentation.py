@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Subset
-from torchvision.transforms.v2 import functional as TF
 
 from train import data, scenes
 from train.device import autocast
@@ -177,42 +176,81 @@ def augment(pixels, labels, config):
     low, high = config.resize
     ratio = low + (high - low) * float(torch.rand(()))
     H, W = fit_size(*labels.shape, size * ratio, 4 * size * ratio)
-    image = Image.fromarray(resize(pixels, (H, W)))
+    pixels = resize(pixels, (H, W))
     labels = F.interpolate(torch.from_numpy(labels)[None, None], (H, W), mode="nearest")[0, 0]
-    for _ in range(10):  # a crop nearly all of one class teaches little
+    for _ in range(11):  # a crop nearly all of one class teaches little; the eleventh is taken as it comes
         top, left = int(torch.randint(max(1, H - size + 1), ())), int(torch.randint(max(1, W - size + 1), ()))
         crop = labels[top:top + size, left:left + size]
         counts = torch.bincount(crop.flatten(), minlength=256)[:IGNORED]
         if (counts > 0).sum() > 1 and counts.max() < 0.75 * counts.sum():
             break
-    image = TF.crop(image, top, left, *crop.shape)
+    pixels = pixels[top:top + size, left:left + size]
     if torch.rand(()) < config.flip:
-        image, crop = TF.horizontal_flip(image), crop.flip(1)
-    image = to_tensor(np.asarray(distort(image)))
+        pixels, crop = pixels[:, ::-1], crop.flip(1)
+    image = to_tensor(distort(pixels, *draw_distortion()))
     padding = (0, size - crop.shape[1], 0, size - crop.shape[0])
     return F.pad(image, padding), F.pad(crop, padding, value=IGNORED).long()
 
 
-def distort(image):
-    """Brightness, contrast before or after saturation and hue, each with probability 0.5; ranges as published."""
+def draw_distortion():
+    """(brightness, contrast, whether that comes early, saturation, hue): each with probability 0.5, else None."""
     def drawn(low, high):
         return low + (high - low) * float(torch.rand(())) if torch.rand(()) < 0.5 else None
 
-    brightness, contrast, early = drawn(-32, 32), drawn(0.5, 1.5), torch.rand(()) < 0.5
-    saturation, hue = drawn(0.5, 1.5), drawn(-0.1, 0.1)
+    brightness, contrast, early = drawn(-32, 32), drawn(0.5, 1.5), bool(torch.rand(()) < 0.5)
+    saturation, hue = drawn(0.5, 1.5), int(torch.randint(-18, 18, ())) if torch.rand(()) < 0.5 else None
+    return brightness, contrast, early, saturation, hue
+
+
+def distort(pixels, brightness=None, contrast=None, early=False, saturation=None, hue=None):
+    """Colours changed as mmsegmentation's PhotoMetricDistortion does: bytes + brightness; bytes * contrast, before
+    (early) or after the others; of HSV, S * saturation and H + hue, in steps of two degrees.
+
+    (H, W, 3) uint8 -> the same. Every step clips and truncates to bytes.
+    """
     if brightness is not None:
-        image = image.point([min(255, max(0, round(value + brightness))) for value in range(256)] * 3)
+        pixels = _scale(pixels, 1, brightness)
     if contrast is not None and early:
-        image = _scale_contrast(image, contrast)
+        pixels = _scale(pixels, contrast)
     if saturation is not None:
-        image = TF.adjust_saturation(image, saturation)
+        H, S, V = to_hsv(pixels)
+        pixels = to_rgb(H, _scale(S, saturation), V)
     if hue is not None:
-        image = TF.adjust_hue(image, hue)
-    return _scale_contrast(image, contrast) if contrast is not None and not early else image
+        H, S, V = to_hsv(pixels)
+        pixels = to_rgb((H + hue) % 180, S, V)
+    return _scale(pixels, contrast) if contrast is not None and not early else pixels
 
 
-def _scale_contrast(image, factor):  # as published: about black, not about the mean
-    return image.point([min(255, round(value * factor)) for value in range(256)] * 3)
+def _scale(values, factor, offset=0.0):
+    table = np.arange(256, dtype=np.float32) * np.float32(factor) + np.float32(offset)
+    return np.clip(table, 0, 255).astype(np.uint8)[values]
+
+
+def to_hsv(pixels):
+    """(H, W, 3) uint8 -> hue in steps of two degrees, 0 to 179, saturation and value, 0 to 255: (H, W) int32 each.
+
+    The fixed-point arithmetic of OpenCV's 8-bit HSV.
+    """
+    red, green, blue = pixels.transpose(2, 0, 1).astype(np.int32)
+    value = np.maximum(np.maximum(red, green), blue)
+    chroma = value - np.minimum(np.minimum(red, green), blue)
+    divisors = np.arange(256).clip(1)
+    saturation = (chroma * np.rint(255 * 4096 / divisors).astype(np.int32)[value] + 2048) >> 12
+    turn = np.where(value == red, green - blue, np.where(value == green, blue - red + 2 * chroma,
+                                                         red - green + 4 * chroma))  # in chromas, 6 are a circle
+    hue = (turn * np.rint(30 * 4096 / divisors).astype(np.int32)[chroma] + 2048) >> 12
+    return hue % 180, saturation, value
+
+
+def to_rgb(hue, saturation, value):
+    """The reverse of to_hsv, truncated to bytes as OpenCV's: (H, W, 3) uint8. The largest channel is the value."""
+    turn, saturation, value = hue.astype(np.float32) / 30, saturation / np.float32(255), value.astype(np.float32)
+    pixels = np.empty((*hue.shape, 3), np.uint8)
+    for channel, peak in enumerate((0, 2, 4)):  # full for a sixth of the circle to both sides, low from two sixths on
+        away = np.abs(turn - peak)
+        low = (np.minimum(away, 6 - away) - 1).clip(0, 1)
+        pixels[..., channel] = value * (1 - saturation * low)
+    return pixels
 
 
 class Views(Dataset):

@@ -2,7 +2,7 @@
 
 Source: Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers", arXiv 2104.10858, and
 its published code. One difference: the published crop of a label map takes rows for columns; here the map is cropped as
-the image is.
+the image is, unless published_label_crop is set.
 """
 import math
 from pathlib import Path
