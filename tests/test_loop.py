@@ -12,6 +12,7 @@ from train import classification
 from train.classification import mixed_cross_entropy
 from train.config import resolve
 from train.run_folder import save_atomically
+from train.state import TrainingState
 from training import ROOT, TINY, assert_same, checkpoint, rows, tiny, train
 
 
@@ -93,6 +94,17 @@ def test_gradients_are_clipped_in_their_own_units(tmp_path, monkeypatch):
     for amp in ("none", "fp16"):
         train(tiny(out=str(tmp_path / amp), epochs=1, limit=8, clip_grad=1.0, warmup_epochs=0, amp=amp))
     assert norms[0] == pytest.approx(norms[1], rel=0.02)
+
+
+def test_the_moving_average_begins_with_its_first_update():
+    state = TrainingState(tiny(ema=0.75), 1, torch.device("cpu"))
+    start = {name: parameter.detach().clone() for name, parameter in state.model.named_parameters()}
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.add_(1)
+    state.update_ema()
+    for name, average in state.ema.module.named_parameters():
+        assert torch.allclose(average, start[name] + 0.25), name
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
