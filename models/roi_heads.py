@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torchvision.ops import batched_nms, generalized_box_iou_loss, roi_align
 
 from models.boxes import assign, decode, encode, sample, scale_factor
+from models.precision import widened
 from models.upernet import ConvBNReLU
 
 BOX_SIZE, MASK_SIZE = 7, 14  # side of what RoIAlign gives the heads
@@ -56,11 +57,11 @@ class BoxHead(nn.Module):
         x = x.flatten(1)
         for fc in self.shared_fcs:
             x = F.relu(fc(x))
-        return self.fc_cls(x).float(), self.fc_reg(x).float().unflatten(1, (-1, 4))
+        return widened(self.fc_cls(x)), widened(self.fc_reg(x)).unflatten(1, (-1, 4))
 
 
 class MaskHead(nn.Module):
-    """(n, channels, 14, 14) and labels (n,) -> logits of these classes, (n, 28, 28) float32."""
+    """(n, channels, 14, 14) and labels (n,) -> logits of these classes, (n, 28, 28), at least float32."""
 
     def __init__(self, channels, num_classes):
         super().__init__()
@@ -72,7 +73,7 @@ class MaskHead(nn.Module):
         for conv in self.convs:
             x = F.relu(conv(x))
         logits = self.conv_logits(F.relu(self.upsample(x)))  # (n, num_classes, 28, 28)
-        return logits[torch.arange(len(x), device=x.device), labels].float()
+        return widened(logits[torch.arange(len(x), device=x.device), labels])
 
 
 class RoIHead(nn.Module):
@@ -145,11 +146,16 @@ class RoIHead(nn.Module):
         return losses
 
     def sample(self, proposals, target, stage):
-        """Samples of one image, from its proposals (n, 4) and its ground truth."""
+        """Samples of one image, from its proposals (n, 4) and its ground truth.
+
+        As published, proposals are matched on their own: the best one of an object goes to it even where it overlaps
+        another more, which it would not if the ground truth itself were among the candidates.
+        """
         gt_boxes = target["boxes"]
-        boxes = torch.cat([gt_boxes, proposals])
         min_pos_iou = None if self.cascade else stage.iou_threshold
-        matched = assign(boxes, gt_boxes, stage.iou_threshold, stage.iou_threshold, min_pos_iou)
+        matched = assign(proposals, gt_boxes, stage.iou_threshold, stage.iou_threshold, min_pos_iou)
+        boxes = torch.cat([gt_boxes, proposals])
+        matched = torch.cat([torch.arange(len(gt_boxes), device=matched.device), matched])
         pos, neg = sample(matched, self.num_samples, 0.25)
         indices, gt = torch.cat([pos, neg]), matched[pos]
         return Samples(

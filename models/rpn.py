@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torchvision.ops import batched_nms
 
 from models.boxes import assign, decode, encode, sample
+from models.precision import widened
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height to width
 STDS = (1, 1, 1, 1)  # of the deltas
@@ -42,10 +43,11 @@ class RPNHead(nn.Module):
         self.rpn_reg = nn.Conv2d(channels, 4 * num_anchors, 1)
 
     def forward(self, maps):
-        """Feature maps (N, C, H, W) -> of each level logits (N, H * W * 3) and deltas (N, H * W * 3, 4), float32."""
+        """Feature maps (N, C, H, W) -> of each level logits (N, H * W * 3) and deltas (N, H * W * 3, 4),
+        at least float32."""
         hidden = [F.relu(self.rpn_conv(x)) for x in maps]
-        logits = [self.rpn_cls(x).permute(0, 2, 3, 1).flatten(1).float() for x in hidden]
-        deltas = [self.rpn_reg(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4).float() for x in hidden]
+        logits = [widened(self.rpn_cls(x)).permute(0, 2, 3, 1).flatten(1) for x in hidden]
+        deltas = [widened(self.rpn_reg(x)).permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in hidden]
         return logits, deltas
 
     def anchors(self, level, H, W, device):

@@ -92,7 +92,7 @@ class UPerNet(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.startswith("backbone."):
                 if module.bias is None:
-                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 else:
                     nn.init.normal_(module.weight, std=0.01)
                     nn.init.zeros_(module.bias)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import ATTENTIONS, local_attention
+from models.precision import LayerNorm
 from models.swin import Block, check_drop_path_rate, init_linear_layers
 
 CONFIGS = {
@@ -154,7 +155,7 @@ class VOLO(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.post_network = nn.ModuleList(
             ClassBlock(dim, ClassAttention(dim, num_heads[1]), mlp_ratio, 0.0) for _ in range(2))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes) if num_classes else None
         self.aux_head = nn.Linear(dim, num_classes) if num_classes else None
         for parameter in (self.pos_embed, self.cls_token):

@@ -7,7 +7,7 @@ import yaml
 from models import create_model
 from run import main
 from train.command_line import parse_train
-from train.config import PUBLISHED, cast, published, read_recipe, resolve, to_dict
+from train.config import PUBLISHED, Config, cast, published, read_recipe, resolve, to_dict
 from train.schedule import decay_groups
 from training import TINY, tiny, train
 
@@ -51,7 +51,7 @@ def test_values_of_the_wrong_type_are_named(option, value):
 
 
 @pytest.mark.parametrize("options", [dict(epochs=0), dict(scale=(0.5, 0.2)), dict(amp="fp8"), dict(ema=1.0),
-                                     dict(epochs=3, warmup_epochs=3)])
+                                     dict(decay="all"), dict(epochs=3, warmup_epochs=3)])
 def test_values_out_of_range_are_named(options):
     with pytest.raises(ValueError, match=f"{list(options)[-1]} = "):
         resolve(options)
@@ -76,14 +76,24 @@ def test_plain_swin_has_a_recipe_of_its_own():
     assert resolve(dict(model="swin_s"))[1][0].startswith("recipe scenes_swin:")
 
 
-@pytest.mark.parametrize("attn", ["elsa", "window"])
-def test_decay_spares_norms_biases_and_position_biases(attn):
-    model = create_model("swin_t", attn=attn, **TINY["model_args"])
+def groups_of(config):
+    """(names of the parameters that decay, of those that do not) in a tiny model of a Config"""
+    arguments = {name: value for name, value in TINY["model_args"].items() if not config.model.startswith("volo")}
+    model = create_model(config.model, attn=config.attn, **arguments)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, spared = ({names[id(parameter)] for parameter in group["params"]} for group in decay_groups(model, 0.05))
+    groups = decay_groups(model, config)
+    assert [group["weight_decay"] for group in groups] == [config.weight_decay, 0]
+    decayed, spared = ({names[id(parameter)] for parameter in group["params"]} for group in groups)
     assert decayed | spared == set(names.values()) and not decayed & spared
+    return decayed, spared
+
+
+@pytest.mark.parametrize("attn", ["elsa", "window"])
+@pytest.mark.parametrize("model", ["swin_t", "upernet_swin_t", "mask_rcnn_swin_t"])
+def test_decay_spares_norms_biases_and_position_biases(model, attn):
+    decayed, spared = groups_of(Config(model=model, attn=attn))
     assert all("norm" not in name and not name.endswith(("bias", "bias_table")) for name in decayed)
-    assert all("norm" in name or name.endswith(("bias", "bias_table")) for name in spared)
+    assert all("norm" in name or "bn" in name or name.endswith(("bias", "bias_table")) for name in spared)
     assert any("ghost_head" in name for name in decayed) == (attn == "elsa")
 
 
@@ -101,4 +111,28 @@ def test_published_recipes_differ_where_docs_say_so():
         config = to_dict(resolve({"model": model, "data": "photos"}, name)[0])
         source, values = published(name)
         differing = {key for key, value in values.items() if cast(key, value) != cast(key, config[key])}
-        assert source and differing <= {"amp", "published_label_crop", "interpolation"}, name
+        assert source and differing <= {"amp", "published_label_crop"}, name
+
+
+@pytest.mark.parametrize("model, attn, differ", [
+    ("swin_t", "elsa", "bias_table"), ("swin_t", "window", None), ("swin_t", "neighborhood", None),
+    ("swin_t", None, None), ("volo_d1", "outlook", None)])
+def test_published_decay_of_classifiers_has_the_tables_beside_elsa(model, attn, differ):
+    ours, published = (groups_of(Config(model=model, attn=attn, decay=decay))[0] for decay in ("weights", "published"))
+    more = published - ours
+    assert ours <= published and (len(more) == 1 and differ in next(iter(more)) if differ else not more)
+
+
+@pytest.mark.parametrize("attn", ["elsa", "window"])
+@pytest.mark.parametrize("model", ["upernet_swin_t", "cascade_mask_rcnn_swin_t"])
+def test_published_decay_of_dense_models_goes_by_names(model, attn):
+    decayed, spared = groups_of(Config(model=model, attn=attn, decay="published"))
+    tables = {name for name in decayed | spared if name.endswith("bias_table")}
+    assert spared == {name for name in decayed | spared if "norm" in name} | (tables if attn == "window" else set())
+    assert any(name.endswith(".bn.weight") for name in decayed) and any(name.endswith("fc1.bias") for name in decayed)
+
+
+def test_recipes_of_photographs_decay_as_published():
+    for model in ("swin_b", "volo_d5", "upernet_swin_s", "mask_rcnn_swin_s", "cascade_mask_rcnn_swin_b"):
+        assert resolve(dict(model=model, data="photos"))[0].decay == "published"
+        assert resolve(dict(model=model))[0].decay == "weights"

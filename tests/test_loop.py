@@ -158,6 +158,17 @@ def test_gradients_are_clipped_in_their_own_units(tmp_path, monkeypatch):
     assert norms[0] == pytest.approx(norms[1], rel=0.02)
 
 
+def test_the_moving_average_begins_with_its_first_update():
+    state = TrainingState(tiny(ema=0.75), 1, torch.device("cpu"))
+    start = {name: parameter.detach().clone() for name, parameter in state.model.named_parameters()}
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.add_(1)
+    state.update_ema()
+    for name, average in state.ema.module.named_parameters():
+        assert torch.allclose(average, start[name] + 0.25), name
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_autocast_trains(tmp_path, amp):
     history = train(tiny(out=str(tmp_path / "run"), epochs=1, amp=amp))

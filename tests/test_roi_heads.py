@@ -213,6 +213,21 @@ def test_samples_keep_the_proportion_and_know_the_ground_truth():
     assert (samples.labels == CLASSES).all() and len(samples.rois) == 16 and samples.gt_masks.shape == (0, 28, 28)
 
 
+@pytest.mark.parametrize("cascade, labels", [(False, [0, 1, 0, 1]), (True, [0, 1, 1, 1])])
+def test_proposals_are_matched_without_the_ground_truth_among_them(cascade, labels):
+    """Two objects share most of their pixels. One proposal, the best of the first object, overlaps the second more."""
+    target = {"boxes": torch.tensor([[0.0, 0, 40, 40], [0, 4, 40, 44]]), "labels": torch.tensor([0, 1]),
+              "masks": torch.ones(2, 64, 96, dtype=torch.bool)}
+    proposals = torch.tensor([[0.0, 3, 40, 43], [0, 4, 40, 44]])
+    head = make(cascade)
+    samples = head.sample(proposals, target, head.stages[0])
+    assert samples.labels.tolist() == labels and samples.is_gt.tolist() == [True, True, False, False]
+    assert torch.equal(samples.gt_boxes, target["boxes"][labels])
+    assert torch.equal(samples.rois, torch.cat([target["boxes"], proposals]))
+    none = head.sample(proposals[:0], target, head.stages[0])
+    assert none.labels.tolist() == [0, 1] and none.is_gt.all()
+
+
 @pytest.mark.parametrize("cascade", [False, True])
 def test_detections_of_a_loop_over_boxes(cascade):
     head, maps, originals = with_tables(cascade), feature_maps(), [(128, 96), (33, 61)]

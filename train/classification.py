@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import ImageFolder
 
+from models.precision import widened
 from train import data, scenes
 from train.augment import TrainingTransform, erase, mix, validation_transform
 from train.device import autocast
@@ -56,8 +57,8 @@ def loss(model, batch, config, rng):
     with autocast(images.device, config.amp):
         out = model(*inputs)
     if not isinstance(out, tuple):
-        return mixed_cross_entropy(out.float(), labels, own, config.label_smoothing)
-    logits, token_logits = (part.float() for part in out)
+        return mixed_cross_entropy(widened(out), labels, own, config.label_smoothing)
+    logits, token_logits = (widened(part) for part in out)
     targets = None
     if label_maps:
         targets = dense_targets(*label_maps, labels, *token_logits.shape[1:], config.label_smoothing,

@@ -188,15 +188,15 @@ def run_lengths(segmentation, height, width, name):
 
 
 class AugmentedPhotographs(Dataset):
-    """Photographs with something to find, for training; keys (epoch, index).
+    """Photographs with annotations, as published also those with crowds alone, for training; keys (epoch, index).
 
     Samples: image (3, h, w) float32, boxes (n, 4) float32, labels (n,) int64, masks (n, h, w) bool.
     """
 
     def __init__(self, folder, config):
         self.folder, self.config = folder, config
-        usable = [i for i, image in enumerate(folder.images) if min(image["width"], image["height"]) >= 32
-                  and any(not entry["iscrowd"] for entry in folder.annotations[i])]
+        usable = [i for i, image in enumerate(folder.images)
+                  if min(image["width"], image["height"]) >= 32 and folder.annotations[i]]
         self.indices = usable[:config.limit]
         # Photographs of one orientation make a batch, so that little is padded.
         self.groups = [int(folder.images[i]["width"] > folder.images[i]["height"]) for i in self.indices]

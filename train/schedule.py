@@ -1,20 +1,38 @@
 """The optimiser's parameter groups and the learning rate of every step."""
 import math
 
+from models.elsa import ELSA
+from train.config import task_of
 
-def decay_groups(model, weight_decay):
-    """AdamW's groups: weights that decay, and those that do not.
+# Ends of the names of what has two axes or more and yet is no weight.
+POSITIONS = ("relative_position_bias_table", "pos_embed", "cls_token")
+# What the published segmenters and detectors spare: all whose published names contain one of these.
+PUBLISHED = ("norm", "relative_position_bias_table", "absolute_pos_embed")
 
-    Not decayed is what has fewer than two axes (norms, biases, layer scales), the relative position bias tables,
-    position embeddings and class tokens. The ghost head decays, as in the published run. There, the bias tables of the
-    last stage decayed, too; Swin's do not.
+
+def decay_groups(model, config):
+    """AdamW's groups: parameters that decay by config.weight_decay, and those that do not, as config.decay says.
+
+    "weights": spared is what has fewer than two axes (norms, biases, layer scales), the relative position bias tables,
+    position embeddings and class tokens. The ghost head decays, as in the published run.
+    "published": as the published code of the task. Classifiers spare the same, segmenters and detectors what PUBLISHED
+    names alone, so that biases and the heads' batch norms decay. Everywhere the tables beside ELSA layers, of the
+    windows in the last stage, decay: there they are called `rb`, and no list of exceptions holds that name.
     """
-    no_decay = ("relative_position_bias_table", "pos_embed", "cls_token")
+    published = config.decay == "published"
+    by_name = published and task_of(config.model) != "classification"
+    tables_decay = published and any(isinstance(module, ELSA) for module in model.modules())
     decayed, spared = [], []
     for name, parameter in model.named_parameters():
+        if tables_decay and name.endswith("relative_position_bias_table"):
+            kept = False
+        elif by_name:
+            kept = any(part in name for part in PUBLISHED)
+        else:
+            kept = parameter.ndim < 2 or name.endswith(POSITIONS)
         if parameter.requires_grad:
-            (spared if parameter.ndim < 2 or name.endswith(no_decay) else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+            (spared if kept else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
 def total_steps(steps_per_epoch, config):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
+from models.precision import widened
 from train import data, scenes
 from train.device import autocast
 from train.photographs import fit_size, load_image, resize, to_tensor
@@ -58,7 +59,7 @@ def pixel_cross_entropy(logits, labels):
 
     As published the mean is over all pixels: ignored ones count, with a loss of 0.
     """
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
+    return F.cross_entropy(widened(logits), labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
 
 
 class Scenes(data.Scenes):

@@ -34,10 +34,13 @@ class TrainingState:
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.model.to(device, memory_format=memory_format(device))
         self.forward = self.model
-        groups = decay_groups(self.model, config.weight_decay)
+        groups = decay_groups(self.model, config)
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision(device, config.amp) == "fp16")
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
+        self.ema = None
+        if config.ema:
+            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+            self.ema.n_averaged.fill_(1)  # not 0: every update averages, as published; the first would copy
         self.epoch, self.history = 0, []
         self.recent_losses = deque(maxlen=8)  # of steps, for the message when one is not finite
 
@@ -71,5 +74,4 @@ class TrainingState:
         self.scaler.load_state_dict(checkpoint["scaler"])
         if self.ema:
             self.ema.module.load_state_dict(checkpoint["ema"])
-            self.ema.n_averaged.fill_(1)  # not 0: the next update has to average, not to copy
         self.epoch, self.history = checkpoint["epoch"], checkpoint["history"]
