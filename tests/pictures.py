@@ -27,8 +27,8 @@ X, Y = photograph(4, 128, 128), np.floor(40 + photograph(5, 128, 128) * 98.0 / 2
 
 @cache
 def recipe(model, **changes):
-    """The Config of `run.py train MODEL --data photos`, but for changes."""
-    return dataclasses.replace(resolve(dict(model=model, data="photos"))[0], **changes)
+    """The Config of `run.py train MODEL --attn elsa --data photos`, but for changes."""
+    return dataclasses.replace(resolve(dict(model=model, attn="elsa", data="photos"))[0], **changes)
 
 
 def samples(picture, n, seed, model="swin_t", **changes):

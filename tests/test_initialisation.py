@@ -84,5 +84,5 @@ def test_other_weights_are_noticed():
     with pytest.raises(AssertionError) as error:
         compare(model, statistics)
     first, second = str(error.value).splitlines()[:2]
-    assert re.match(r"layers\.0\.blocks\.0\.attn\.qkv\.weight: standard deviation 0\.021\d* instead of 0\.0\d", first)
+    assert re.match(r"layers\.0\.blocks\.0\.attn\.qkv\.weight: standard deviation 0\.02[01]\d* instead of 0\.0\d", first)
     assert re.match(r"layers\.1\.blocks\.0\.attn\.qkv\.weight: mean 0\.00\d* instead of", second)
