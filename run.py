@@ -68,12 +68,12 @@ def main(argv):
         run(argv)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output wants no more of it, as `| head` does
-        close_output()
+        # What is still buffered must not fail at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, FloatingPointError, OverflowError) as error:
         if os.environ.get("ELSA_TRACEBACK"):
             raise
-        close_output()
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -92,14 +92,6 @@ def run(argv):
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise ValueError(f"unknown command {argv[0]!r}{hint} There is: {', '.join(COMMANDS)}")
     COMMANDS[argv[0]](argv[1:])
-
-
-def close_output():
-    """Writes what is buffered, or drops it where it cannot be written: it must not fail once more at the exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def message_of(error):
