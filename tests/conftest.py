@@ -17,5 +17,7 @@ if importlib.util.find_spec("triton"):
 os.environ.pop("TRITON_INTERPRET", None)
 
 # Test processes share the cores, and so do the processes that they start.
-per_process = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
-torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(per_process))))
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)

@@ -30,8 +30,8 @@ def train(config, task, evaluation, resume=None, notes=()):
 
     A run on CPU is a function of its Config: two of them, or an interrupted and resumed one, end bit-identical. For
     this every epoch starts its generators from (seed, epoch, rank), and a checkpoint is written when it ends. Other
-    numbers of ranks see the same images in the same steps; only what is drawn per batch (mixup, cutmix, stochastic
-    depth) differs between them.
+    numbers of ranks see the same images in the same steps; only what is drawn per batch (mixup, cutmix, erasing,
+    stochastic depth) differs between them.
 
     Raises ValueError or FileNotFoundError for what the user can mend, FloatingPointError when the loss is no longer
     finite.
