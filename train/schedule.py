@@ -6,8 +6,9 @@ from train.config import task_of
 
 # Ends of the names of what has two axes or more and yet is no weight.
 POSITIONS = ("relative_position_bias_table", "pos_embed", "cls_token")
-# What the published segmenters and detectors spare: all whose published names contain one of these.
-PUBLISHED = ("norm", "relative_position_bias_table", "absolute_pos_embed")
+# What the published segmenters and detectors spare: all whose published names contain one of these (or
+# absolute_pos_embed, which no model here has).
+PUBLISHED = ("norm", "relative_position_bias_table")
 
 
 def decay_groups(model, config):
