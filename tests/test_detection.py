@@ -45,7 +45,7 @@ def test_objects_are_those_of_the_file(photos):
             assert inner[1 - label] > inner[label] + 1  # red is class 1, channel 0
 
 
-def test_what_is_trained_on_is_large_enough_and_holds_more_than_a_crowd(photos):
+def test_what_is_trained_on_is_large_enough_and_annotated(photos):
     file = photos / "annotations" / "instances_train2017.json"
     content = json.loads(file.read_text())
     for name, width in (("0.png", 31), ("1.png", 32)):  # 60 x 31 and 67 x 32
@@ -55,7 +55,7 @@ def test_what_is_trained_on_is_large_enough_and_holds_more_than_a_crowd(photos):
         entry["iscrowd"] |= entry["image_id"] == 98  # 2.png
     file.write_text(json.dumps(content))
     training, _, _ = detection.datasets(Config(data=str(photos), img_size=64))
-    assert [training.folder.images[i]["file_name"] for i in training.indices] == ["3.png", "1.png"]
+    assert [training.folder.images[i]["file_name"] for i in training.indices] == ["3.png", "2.png", "1.png"]
 
 
 def test_a_limit_keeps_the_first_ids(photos):

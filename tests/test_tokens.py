@@ -311,7 +311,7 @@ def test_options_that_do_not_fit_together(options, words):
 def test_recipes_are_the_published_ones(name, lr, drop_path, crop_pct):
     config, _ = resolve(dict(model=name, data="photos"))
     assert (config.lr, config.drop_path_rate, config.crop_pct) == (lr, drop_path, crop_pct)
-    assert (config.epochs, config.batch_size, config.warmup_epochs) == (300, 1024, 20)
+    assert (config.epochs, config.batch_size, config.warmup_epochs) == (310, 1024, 20)
     assert (config.weight_decay, config.min_lr, config.clip_grad) == (0.05, 1e-5, 0)
     assert (config.mix_token, config.dense_weight, config.mixup, config.cutmix, config.erasing) == (1, 0.5, 0, 0, 0.25)
 
@@ -322,7 +322,7 @@ def test_fine_tuning_recipes_are_the_published_ones(name, size, batch_size, drop
     config, _ = resolve(dict(model=name[:7], data="photos"), recipe=name)
     assert (config.img_size, config.batch_size, config.drop_path_rate) == (size, batch_size, drop_path)
     assert (config.lr, config.min_lr, config.weight_decay) == (8e-6, 4e-6, 1e-8)
-    assert (config.epochs, config.warmup_epochs) == (30, 5)
+    assert (config.epochs, config.warmup_epochs) == (40, 5)
     assert config.ground_truth and config.mix_token == 1
 
 

@@ -160,16 +160,17 @@ def _fit_into_epochs(config, values, options):
     """Keeps the recipe's shares of warm-up and cool-down in a run too short for their epochs -> a note."""
     recipe_epochs = cast("epochs", values.get("epochs", 300))
     parts = {name: cast(name, values.get(name, KEYS[name].default)) for name in ("warmup_epochs", "cooldown_epochs")}
-    given = [name for name in parts if name in options]
-    if given or sum(parts.values()) >= recipe_epochs:
-        name = given[0] if given else "warmup_epochs"
+    for name, epochs in parts.items():
+        if name not in options:
+            setattr(config, name, epochs * config.epochs / recipe_epochs)
+    if config.warmup_epochs + config.cooldown_epochs >= config.epochs:
+        name = "cooldown_epochs" if config.cooldown_epochs >= config.epochs else "warmup_epochs"
         raise ValueError(f"{name} = {getattr(config, name):g} leaves none of the {config.epochs} epochs for training; "
                          "expected less than --epochs")
-    for name, epochs in parts.items():
-        setattr(config, name, epochs * config.epochs / recipe_epochs)
     config.lr_per = config.lr_per if "lr_per" in options else "step"
-    return (f"warm-up of {config.warmup_epochs:.3g} epochs, the recipe's share, because its {parts['warmup_epochs']:g} "
-            f"do not fit into {config.epochs}")
+    return (f"warm-up of {config.warmup_epochs:.3g} and cool-down of {config.cooldown_epochs:.3g} epochs, the recipe's "
+            f"shares, because its {parts['warmup_epochs']:g} and {parts['cooldown_epochs']:g} do not fit into "
+            f"{config.epochs}")
 
 
 def recipe_path(model, data=None, recipe=None, attn=None):
