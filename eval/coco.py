@@ -19,9 +19,8 @@ METRICS = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP"}  # 
 DUMPS, MULTI_SCALE = True, False  # what `run.py eval` can be asked for
 CLASSES = Path(__file__).with_name("coco_classes.txt")  # names of the 80 classes, in the order of published detectors
 # COCO's twelve numbers.
-SUMMARY = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AR 1", "AR 10", "AR 100", "AR small", "AR "
-                                                                                                             "medium",
-           "AR large")
+SUMMARY = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
+           "AR 1", "AR 10", "AR 100", "AR small", "AR medium", "AR large")
 
 
 def dataset(config, classes):

@@ -97,9 +97,8 @@ class Comparison:
             if history:
                 reached = f"{self.metric_name} {history[-1][self.metric]:.2f} after {len(history)} epochs"
             failure = f"  FAILED, see {self.path(attn, seed)}.txt" if (attn, seed) in failed else ""
-            print(f"run {number}/{len(runs)}  {attn}, seed {seed}: {reached}, {time.perf_counter() - start:.0f} "
-                  f"s{failure}",
-                  flush=True)
+            seconds = time.perf_counter() - start
+            print(f"run {number}/{len(runs)}  {attn}, seed {seed}: {reached}, {seconds:.0f} s{failure}", flush=True)
             result = self.write()
         print(self.table(result))
         if failed:

@@ -10,11 +10,11 @@ from train.distributed import join_ranks, leave_ranks
 def main(argv):
     """Evaluates what the command line says, and returns the result of the task's evaluate()."""
     parser = make_parser("run.py eval", "Evaluate a classifier, a segmenter or a detector.")
-    parser.add_argument("--multi-scale", action="store_true", help="segmenters: mean over six scales, each mirrored "
-                                                                   "too")
-    parser.add_argument("--dump", metavar="PATH", help="segmenters: folder for the predictions, PNGs where 1 is the "
-                                                       "first class; detectors: file for the detections, COCO's "
-                                                       "results JSON")
+    parser.add_argument("--multi-scale", action="store_true",
+                        help="segmenters: mean over six scales, each mirrored too")
+    parser.add_argument("--dump", metavar="PATH",
+                        help="segmenters: folder for the predictions, PNGs where 1 is the first class; detectors: file "
+                             "for the detections, COCO's results JSON")
     given = vars(parser.parse(argv))
     weights, multi_scale, dump = (given.pop(name) for name in ("weights", "multi_scale", "dump"))
     config, classes = settle(given, weights)
@@ -38,8 +38,8 @@ def run(config, weights, classes, multi_scale=False, dump=None):
         dataset, classes = evaluation.dataset(config, classes, **({"multi_scale": True} if multi_scale else {}))
         config.num_classes = config.num_classes or len(classes)
         if config.num_classes < len(classes):
-            raise ValueError(f"num_classes = {config.num_classes}, but the data has {len(classes)}; expected at least "
-                             "as many")
+            raise ValueError(f"num_classes = {config.num_classes}, but the data has {len(classes)}; "
+                             "expected at least as many")
         model = load_model(config, weights).to(device)
         loader = evaluation.loader(dataset, math.ceil(config.batch_size / world), rank, world, num_workers(config))
         if rank == 0:

@@ -21,8 +21,8 @@ def make_parser(prog, description, images=False):
         parser.add_argument("words", nargs="*", metavar="[MODEL] IMAGE", help=f"photographs, after the {of_model}")
     else:
         parser.add_argument("model", nargs="?", default=None, help=of_model)
-    parser.add_argument("--weights", help="checkpoint of this project or published weights; default: none, an "
-                                          "untrained model")
+    parser.add_argument("--weights",
+                        help="checkpoint of this project or published weights; default: none, an untrained model")
     parser.add_keys(OPTIONS)
     parser.add_argument("--limit", dest="val_limit", default=argparse.SUPPRESS, metavar="VAL_LIMIT",
                         help="the same as --val-limit")
@@ -37,8 +37,8 @@ def settle(options, weights, photographs=False):
     """
     saved, classes = checkpoint_facts(weights) if weights else ({}, None)
     if options["model"] and saved and options["model"] != saved["model"]:
-        raise ValueError(f"{weights} was trained as {saved['model']}, not as {options['model']}; name that model or "
-                         "none")
+        raise ValueError(f"{weights} was trained as {saved['model']}, not as {options['model']}; "
+                         "name that model or none")
     options["model"] = options["model"] or saved.get("model", "swin_t")
     if not saved:  # the scenes have a size of their own, and so have the photographs of each model's recipe
         recipe = configuration.recipe_path(options["model"], photographs or options.get("data"),

@@ -25,8 +25,8 @@ class Parser(argparse.ArgumentParser):
         for word in unknown:
             if word.startswith("-"):
                 option = word.split("=")[0]
-                raise ValueError(f"unknown option {option}; {nearest(option, self._option_string_actions)}--help lists "
-                                 "all")
+                near = nearest(option, self._option_string_actions)
+                raise ValueError(f"unknown option {option}; {near}--help lists all")
             raise ValueError(f"{word!r} is not the value of any option; --help lists all")
         return known
 

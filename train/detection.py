@@ -88,8 +88,8 @@ class CocoFolder:
 
     def __init__(self, folder, split):
         if not Path(folder).is_dir():
-            raise FileNotFoundError(f"--data {folder}: no such folder; expected one with annotations/, train2017/ and "
-                                    "val2017/")
+            raise FileNotFoundError(f"--data {folder}: no such folder; "
+                                    "expected one with annotations/, train2017/ and val2017/")
         files = sorted((Path(folder) / "annotations").glob(f"instances_{split}*.json"))
         if len(files) != 1:
             raise FileNotFoundError(f"--data {folder}: expected one annotations/instances_{split}*.json, as "

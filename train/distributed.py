@@ -11,13 +11,13 @@ from train.device import autocast, memory_format
 def join_ranks(device="auto"):
     """(rank, world size, torch.device) of this process. Under torchrun it joins the others."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda', but torch sees no GPU; use --device cpu, or install torch for this GPU's "
-                         "driver")
+        raise ValueError("device = 'cuda', but torch sees no GPU; "
+                         "use --device cpu, or install torch for this GPU's driver")
     kind = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"{world} ranks, but this machine has {torch.cuda.device_count()} GPUs; start one rank per "
-                         "GPU")
+        raise ValueError(f"{world} ranks, but this machine has {torch.cuda.device_count()} GPUs; "
+                         "start one rank per GPU")
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)

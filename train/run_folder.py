@@ -152,8 +152,8 @@ def _make(config):
     if config.out:
         path = Path(config.out)
         if (path / "log.jsonl").exists() or (path / "last.pt").exists():
-            raise ValueError(f"--out {path} already holds a run; continue it with --resume {path}, or name another "
-                             "folder")
+            raise ValueError(f"--out {path} already holds a run; "
+                             f"continue it with --resume {path}, or name another folder")
         path.mkdir(parents=True, exist_ok=True)
         return str(path)
     number = 1
