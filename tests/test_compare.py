@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from eval import compare
+from photographs import image_folder
 from run import main
+from train.config import RECIPES
 from training import rows
 
 MODEL_ARGS = "{embed_dim: 12, depths: [1, 1, 1, 1], num_heads: [1, 2, 2, 4], kernel_size: 3}"
@@ -59,3 +62,15 @@ def test_mistakes_are_answered_before_anything_is_trained(arguments, words, tmp_
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "swin_t", *arguments]) == 2
     assert words in capsys.readouterr().err and not Path("runs").exists()
+
+
+def test_all_kinds_of_attention_are_trained_by_one_recipe(tmp_path, monkeypatch):
+    """Plain Swin has a recipe of its own, which would make two kinds of training."""
+    made = []
+    image_folder(tmp_path / "photos", {"train": 2, "val": 1})
+    monkeypatch.setattr(compare.Comparison, "run", lambda comparison: made.append(comparison))
+    places = ["--data", str(tmp_path / "photos"), "--out", str(tmp_path / "out")]
+    compare.main(["swin_t", "--attn", "window,elsa", *places, *SETTINGS])
+    arguments = made[0].arguments
+    assert arguments[arguments.index("--recipe") + 1] == str(RECIPES / "swin_t.yaml")
+    assert made[0].config.crop_pct == 0.9

@@ -98,6 +98,13 @@ def test_max_steps_ends_in_the_middle_of_an_epoch(tmp_path):
     assert history[1]["train_loss"] == logged[-2]["loss"]
 
 
+def test_fill_last_makes_one_more_step_of_what_is_left(tmp_path):
+    for fill_last, steps in ((False, 2), (True, 3)):
+        out = tmp_path / str(fill_last)
+        train(tiny(out=str(out), epochs=1, limit=20, fill_last=fill_last))  # in batches of 8
+        assert len([row for row in rows(out) if "step" in row]) == steps
+
+
 @pytest.mark.parametrize("select, epoch", [("best", 2), ("last", 3)])
 def test_best_is_of_the_selected_epoch(tmp_path, monkeypatch, select, epoch):
     scores = iter([10.0, 30.0, 20.0])
