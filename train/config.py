@@ -97,6 +97,7 @@ class Config:
     compile: bool = key("machine", False, "compile the model with torch.compile")
     checkpointing: bool = key("machine", False, "recompute blocks in backward: less memory, more time")
     workers: int | None = key("machine", None, "processes per rank that read images; null: up to 8")
+    timeout_minutes: float = key("machine", 10.0, "of several ranks: how long one may stand still until all end")
 
 
 KEYS = {f.name: f for f in dataclasses.fields(Config)}
@@ -104,7 +105,8 @@ TYPES = typing.get_type_hints(Config)
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple: "two numbers, as 0.9,0.999",
          dict: "a YAML mapping, as '{embed_dim: 64}'", str: "a text"}
 # A resumed run may differ in these alone: they change neither the weights nor the images.
-FREE = ("data", "weights", "out", "val_limit", "device", "compile", "checkpointing", "workers")
+FREE = ("data", "weights", "out", "val_limit", "device", "compile", "checkpointing", "workers",
+        "timeout_minutes")
 
 
 def family_of(model):
@@ -275,6 +277,7 @@ def check(config):
         expect(getattr(config, name) >= 0, name, "0 or more")
     for name in ("flip", "crop", "erasing", "label_smoothing"):
         expect(0 <= getattr(config, name) <= 1, name, "0 to 1")
+    expect(config.timeout_minutes > 0, "timeout_minutes", "more than 0")
     expect(0 <= config.ema < 1, "ema", "0 (none) to below 1")
     expect(0 <= config.randaugment <= 10, "randaugment", "0 (off) to 10")
     expect(0 < config.scale[0] <= config.scale[1] <= 1, "scale", "two rising shares, as 0.08,1")

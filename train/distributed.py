@@ -1,15 +1,20 @@
 """Ranks: how the processes that torchrun started find each other, and what they tell each other."""
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 import kernels
+from train import watch
 from train.device import autocast, memory_format
 
 
-def join_ranks(device="auto"):
-    """(rank, world size, torch.device) of this process. Under torchrun it joins the others."""
+def join_ranks(device="auto", timeout_minutes=10.0):
+    """(rank, world size, torch.device) of this process. Under torchrun it joins the others.
+
+    timeout_minutes: how long a rank may stand still, see watch.py.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = 'cuda', but torch sees no GPU; "
                          "use --device cpu, or install torch for this GPU's driver")
@@ -24,7 +29,10 @@ def join_ranks(device="auto"):
         # of what autocast leaves in float32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        if watch.current:
+            watch.current.timeout = timeout_minutes
+        # The watch, which names a culprit, comes before the collectives' own timeout.
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes + 2))
     return (dist.get_rank() if world > 1 else 0), world, device
 
 

@@ -36,7 +36,7 @@ def train(config, task, evaluation, resume=None, notes=()):
     Raises ValueError or FileNotFoundError for what the user can mend, FloatingPointError when the loss is no longer
     finite.
     """
-    rank, world, device = join_ranks(config.device)
+    rank, world, device = join_ranks(config.device, config.timeout_minutes)
     try:
         training, validation, classes = task.datasets(config)
         config.num_classes = config.num_classes or len(classes)
