@@ -24,7 +24,11 @@ import sys
 
 def train(argv):
     from train.command_line import parse_train
-    options = parse_train(argv)  # before torch is imported: a mistake is answered at once
+    if several_ranks():
+        from train import watch
+        options = parse_train(argv, watch.current.from_rank_0)
+    else:
+        options = parse_train(argv)  # before torch is imported: a mistake is answered at once
     if options is None:  # it asked for help
         return
     config, resume, notes = options
@@ -86,10 +90,14 @@ def main(argv):
 
 def ranks():
     """Under torchrun the context in which all ranks end together."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not several_ranks():
         return contextlib.nullcontext()
     from train.watch import Watch
     return Watch(message_of)
+
+
+def several_ranks():
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def run(argv):

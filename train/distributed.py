@@ -1,5 +1,7 @@
 """Ranks: how the processes that torchrun started find each other, and what they tell each other."""
+import io
 import os
+import pickle
 from datetime import timedelta
 
 import torch
@@ -50,6 +52,56 @@ def from_rank_0(value):
     if isinstance(value, Exception):
         raise value
     return value
+
+
+def tensors_from_rank_0(value, device):
+    """As from_rank_0, for gigabytes: the tensors in `value`, on the CPU, travel one after the other by way of
+    `device`, never all at once."""
+    if not dist.is_initialized():
+        return from_rank_0(value)
+    file = io.BytesIO()
+    describer = _Describer(file)
+    describer.dump(value)
+    described = from_rank_0(file.getvalue())
+    tensors = describer.tensors
+    if dist.get_rank():
+        placer = _Placer(io.BytesIO(described))
+        value, tensors = placer.load(), placer.tensors
+    for tensor in tensors:
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8).to(device)
+        dist.broadcast(flat, 0)
+        if dist.get_rank():
+            tensor.copy_(flat.to(tensor.device).view(tensor.dtype).view(tensor.shape))
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+class _Describer(pickle.Pickler):
+    """Pickles with shape, stride and type in the place of every tensor; `tensors` are these, in order."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.tensors = []
+
+    def persistent_id(self, part):
+        if isinstance(part, torch.Tensor):
+            self.tensors.append(part)
+            return tuple(part.shape), part.stride(), part.dtype
+        return None
+
+
+class _Placer(pickle.Unpickler):
+    """Puts empty tensors into these places."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.tensors = []
+
+    def persistent_load(self, described):
+        shape, stride, dtype = described
+        self.tensors.append(torch.empty_strided(shape, stride, dtype=dtype))
+        return self.tensors[-1]
 
 
 def sum_over_ranks(tensor):

@@ -41,10 +41,9 @@ def train(config, task, evaluation, resume=None, notes=()):
         training, validation, classes = task.datasets(config)
         config.num_classes = config.num_classes or len(classes)
         check_fit(config, len(training), len(classes), world)
-        state = TrainingState(config, world, device, fresh=not resume)
         folder = RunFolder.open(config, resume, rank, evaluation.METRICS)
-        if resume:
-            state.load(folder.load())
+        state = TrainingState(config, world, device, fresh=not folder.resumes)
+        notes = [*notes, *(state.load(folder.load(device), classes) if folder.resumes else folder.make(config, resume))]
         per_rank = config.batch_size // config.accumulate // world  # images of one forward pass
         loader = data.training_loader(training, config, rank, world)
         val_loader = evaluation.loader(validation, per_rank, rank, world, data.num_workers(config))

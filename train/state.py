@@ -6,7 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import create_model, load_weights
-from train.config import model_overrides, refuse_other, task_of, to_dict
+from train.config import model_overrides, refuse_other, refuse_other_classes, task_of, to_dict
 from train.device import memory_format, precision
 from train.schedule import decay_groups
 
@@ -66,12 +66,15 @@ class TrainingState:
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch,
                 "config": to_dict(self.config), "classes": classes, "history": self.history}
 
-    def load(self, checkpoint):
-        """Raises ValueError when the checkpoint is of a run that was configured otherwise."""
-        refuse_other(self.config, checkpoint["config"])
+    def load(self, checkpoint, classes):
+        """classes: names of those in the data -> notes. Raises ValueError when the checkpoint is of a run that was
+        configured otherwise or had other classes."""
+        notes = refuse_other(self.config, checkpoint["config"])
+        refuse_other_classes(checkpoint["classes"], classes, self.config.data or "the rendered scenes")
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         if self.ema:
             self.ema.module.load_state_dict(checkpoint["ema"])
         self.epoch, self.history = checkpoint["epoch"], checkpoint["history"]
+        return notes

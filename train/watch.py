@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -22,9 +23,13 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
+# A machine that is gone is noticed after 20 s.
+KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20000}
 PERIOD = 1.0  # seconds between two looks at the main thread
 ANSWER = 15  # seconds in which a rank has to answer
 TOGETHER = 0.5  # seconds in which ranks that all stumble over the same have said so
+# Files whose innermost frame means that a rank waits for others; backward exchanges gradients.
+WAITING = ("torch/distributed/", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py", "train/distributed.py")
 USERS = (ValueError, OSError, FloatingPointError, OverflowError)  # what a user can mend: shown without traceback
 
 current = None  # the watch of this process, or None: it is alone
@@ -45,29 +50,32 @@ class Watch:
         self.lock = threading.RLock()
         self.left, self.gone = False, set()  # whether this rank has left in peace, and which others
         self.trace = None
-        self.hosts = {self.rank: socket.gethostname()}
+        self.hosts, self.processes = {self.rank: socket.gethostname()}, {}
+        self.shared = 0
         self.facts = {}  # of this rank; on rank 0 also those of others that came before its own
         self.early = []
         self.failures, self.decide_at = [], None  # on rank 0: (urgency, rank, message)
         self.answers, self.asked_at = {}, None  # to the question where a rank stands
         self.stack, self.still = None, 0  # of the main thread, and for how many looks it has been the same
+        self.look_at = time.monotonic()
 
     def __enter__(self):
         global current
         self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         self.selector = selectors.DefaultSelector()
         self.peers = {}  # rank -> socket: of rank 0 to all others, of the others to rank 0
+        own = [os.getpid(), os.environ.get("GROUP_RANK")]
         if self.rank == 0:
             self.token = secrets.token_hex()
             dual = socket.has_dualstack_ipv6()
             server = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET,
                                           dualstack_ipv6=dual, backlog=self.world)
             self.selector.register(server, selectors.EVENT_READ, self._accept)
-            self.store.set("watch", json.dumps([server.getsockname()[1], self.token, self.hosts[0]]))
+            self.store.set("watch", json.dumps([server.getsockname()[1], self.token, self.hosts[0], own]))
         else:
-            port, token, self.hosts[0] = json.loads(self.store.get("watch"))
+            port, token, self.hosts[0], self.processes[0] = json.loads(self.store.get("watch"))
             self._connected(0, socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60), b"")
-            self._send(0, token=token, rank=self.rank, host=self.hosts[self.rank])
+            self._send(0, token=token, rank=self.rank, host=self.hosts[self.rank], process=own)
         current = self
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.thread.start()
@@ -94,6 +102,13 @@ class Watch:
             self._send(0, failed=message, urgency=urgency)
         time.sleep(ANSWER)  # the thread ends this process meanwhile
         self._end(self.rank, message)
+
+    def from_rank_0(self, function):
+        """What function() gives on rank 0, plain values, on every rank, before the ranks can exchange tensors."""
+        self.shared += 1
+        if self.rank == 0:
+            self.store.set(f"watch/{self.shared}", json.dumps(function()))
+        return json.loads(self.store.get(f"watch/{self.shared}"))
 
     def agree(self, **facts):
         """Ends the job when one of these, plain values with a name, differs from that of rank 0."""
@@ -128,15 +143,14 @@ class Watch:
         except (OSError, ValueError, KeyError, TypeError):  # somebody else's
             connection.close()
             return
-        self.hosts[hello["rank"]] = hello["host"]
+        self.hosts[hello["rank"]], self.processes[hello["rank"]] = hello["host"], hello["process"]
         self._connected(hello["rank"], connection, rest)
 
     def _connected(self, rank, connection, rest):
         """rest: bytes that were read from the connection already."""
         connection.settimeout(ANSWER)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # A machine that is gone is noticed after 20 s.
-        for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 20000)):
+        for option, value in KEEPALIVE.items():
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self.peers[rank] = connection
@@ -172,7 +186,7 @@ class Watch:
         if facts is not None:
             self._compare(rank, facts)
         if end is not None:
-            self._end_with(*end)
+            self._end_with(*end, self.local_rank == 0)
         if left:
             self.gone.add(rank)
         if where:
@@ -214,25 +228,25 @@ class Watch:
         if rank is not None:
             host = f" on {self.hosts[rank]}" if rank in self.hosts else ""
             message = f"rank {rank} of {self.world}{host}: {message}"
-        self._end_with(rank, message)
+        # On each machine one speaks, and where rank 0 cannot, its neighbour.
+        self._end_with(rank, message, self.local_rank == 0 or self.rank == 1)
 
-    def _end_with(self, rank, text):
+    def _end_with(self, rank, text, speaks):
         with self.lock:
             for peer in self.peers if self.rank == 0 else ():
                 self._send(peer, end=[rank, text])
-            speaker = threading.Thread(target=self._say, args=(rank, text), daemon=True)
+            speaker = threading.Thread(target=self._say, args=(rank, text, speaks), daemon=True)
             speaker.start()
             speaker.join(5)  # of a terminal that takes nothing
             os._exit(2)
 
-    def _say(self, rank, text):
+    def _say(self, rank, text, speaks):
         _record(text)
         sys.stdout.flush()
-        if self.trace and rank in (self.rank, None):
-            print(self.trace, file=sys.stderr)
-        # On each machine one.
-        if self.local_rank == 0 or rank == 0 and self.rank == 1:
+        if speaks:
             print(f"error: {text}", file=sys.stderr, flush=True)
+        if self.trace and rank in (self.rank, None):
+            print(self.trace, file=sys.stderr, flush=True)
 
     # Whether the main thread moves
 
@@ -241,6 +255,9 @@ class Watch:
             self._end(self.rank, "the process that started it, torchrun, ended")
         if self.decide_at is not None and time.monotonic() >= self.decide_at:
             self._decide()
+        if time.monotonic() < self.look_at:
+            return
+        self.look_at = time.monotonic() + PERIOD  # looks are counted, not seconds: a machine may sleep
         stack = [(frame.f_code, frame.f_lasti) for frame in _frames()]
         self.still = self.still + 1 if stack == self.stack else 0
         self.stack = stack
@@ -252,6 +269,7 @@ class Watch:
                 self._stopped(0, self._stands())
         if self.asked_at is not None and time.monotonic() - self.asked_at > ANSWER:
             if self.rank:
+                self._kill(0)
                 self._end(0, f"does not answer, and rank {self.rank} {_standing(self._stands())}")
             else:
                 self._blame()
@@ -269,22 +287,30 @@ class Watch:
 
     def _blame(self):
         silent = sorted({*self.peers} - self.answers.keys())
+        for rank in silent:
+            self._kill(rank)
         if silent:
             waits = "; ".join(f"rank {rank} {_standing(stands)}" for rank, stands in sorted(self.answers.items())[:4])
-            self._end(silent[0], f"does not answer, neither its program nor its machine may run: {waits}")
+            self._end(silent[0], f"does not answer: stopped, or its machine is; {waits}")
         # Who waits for others is not to blame; of the rest the one that has stood for longest.
         order = sorted(self.answers, key=lambda rank: (self.answers[rank]["waits"], -self.answers[rank]["seconds"]))
         others = "; ".join(f"rank {rank} {_standing(self.answers[rank])}" for rank in order[1:4])
-        self._end(order[0], f"{_standing(self.answers[order[0]])}, while {others}; "
-                            f"stopped after --timeout-minutes {self.timeout:g}")
+        self._end(order[0], f"{_standing(self.answers[order[0]])}; {others}. "
+                            f"Stopped because one stood for --timeout-minutes {self.timeout:g}")
+
+    def _kill(self, rank):
+        """A rank of this machine that cannot end itself; those of others are left to their torchrun."""
+        process, torchrun = self.processes[rank]
+        if torchrun is not None and torchrun == os.environ.get("GROUP_RANK"):
+            os.kill(process, signal.SIGKILL)
 
     def _stands(self):
         frames = _frames()
-        waits = any("torch/distributed/" in frame.f_code.co_filename.replace(os.sep, "/") for frame in frames)
         own = next((frame for frame in frames if Path(frame.f_code.co_filename).is_relative_to(ROOT)), frames[0])
-        place = " in ".join(f"{frame.f_code.co_filename}:{frame.f_lineno}, {frame.f_code.co_name}"
-                            for frame in dict.fromkeys((frames[0], own)))
-        return {"where": place, "seconds": self.still * PERIOD, "waits": waits}
+        place = ", called at ".join(f"{frame.f_code.co_filename.removeprefix(f'{ROOT}{os.sep}')}:{frame.f_lineno} "
+                                    f"({frame.f_code.co_name})" for frame in dict.fromkeys((frames[0], own)))
+        waits = frames[0].f_code.co_filename.replace(os.sep, "/")
+        return {"where": place, "seconds": self.still * PERIOD, "waits": any(part in waits for part in WAITING)}
 
 
 def _frames():
@@ -298,8 +324,9 @@ def _frames():
 
 def _standing(stands):
     if stands["seconds"] < 2 * PERIOD:
-        return f"is at {stands['where']}"
-    return f"{'waits for others' if stands['waits'] else 'has stood'} for {stands['seconds']:.0f} s at {stands['where']}"
+        return f"moves on, now at {stands['where']}"
+    does = "has waited for others" if stands["waits"] else "has stood"
+    return f"{does} for {stands['seconds']:.0f} s at {stands['where']}"
 
 
 def _code():
@@ -316,7 +343,7 @@ def _record(text):
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         try:
-            content = {"message": {"message": text, "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}}
-            Path(path).write_text(json.dumps(content))
+            details = {"py_callstack": "", "timestamp": str(int(time.time()))}
+            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}))
         except OSError:
             pass
