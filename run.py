@@ -21,6 +21,10 @@ import os
 import re
 import sys
 
+from train import cores
+
+cores.settle_threads()  # before torch is imported
+
 
 def train(argv):
     from train.command_line import parse_train

@@ -64,6 +64,7 @@ def train(config, task, evaluation, resume=None, notes=()):
             close_epoch(state, folder, result, evaluation.METRICS, classes, losses, rate)
             progress.epoch(state.history[-1], config.epochs, evaluation.METRICS)
         progress.close()
+        state.unwrap()
         return state.history
     finally:
         leave_ranks()

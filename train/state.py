@@ -51,6 +51,11 @@ class TrainingState:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=device_ids)
 
+    def unwrap(self):
+        """Drops what holds on to the group of ranks, which must not outlive it: a group whose last reference goes after
+        destroy_process_group() waits for a thread that waits for Python."""
+        self.forward = self.model
+
     @property
     def evaluated(self):
         """The model whose scores count: the moving average where there is one."""
