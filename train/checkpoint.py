@@ -2,15 +2,15 @@
 
 last.pt is to continue from, previous.pt is the one before it, best.pt is to use.
 """
-import os
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from train.distributed import from_rank_0
+from train.distributed import from_rank_0, tensors_from_rank_0
 from train.run_folder import replace_atomically
+from train.runs import checkpoints
 
 PROGRESS = ("optimizer", "scaler", "step", "losses", "seconds")  # what best.pt does not have
 NEEDED = {"model", "ema", "optimizer", "scaler", "epoch", "config", "classes", "history"}
@@ -39,15 +39,23 @@ class Checkpoints:
         if kind is None or kind is SystemExit:  # all ranks come by
             from_rank_0(self.writing and self.writing.exception())
 
-    def load(self):
-        """(The checkpoint to continue from, notes): last.pt, or if that is damaged previous.pt.
+    def load(self, device):
+        """(The checkpoint to continue from, on the CPU; notes): last.pt, or if that is damaged previous.pt.
 
-        Raises ValueError, naming the files, when neither can be read.
+        Only rank 0 reads, whose machine alone may have them; tensors travel by way of `device`. Raises ValueError,
+        naming the files, when neither can be read.
         """
+        found = None
+        if self.folder.writes:
+            try:
+                found = self._read()
+            except ValueError as error:
+                found = error
+        return tensors_from_rank_0(found, device)
+
+    def _read(self):
         damaged = []
-        for path in (self.folder.path / "last.pt", self.folder.path / "previous.pt"):
-            if not path.exists():  # the machine may have stopped between two renames
-                continue
+        for path in checkpoints(self.folder.path):
             try:
                 checkpoint = read_whole(path)
             except Exception as error:  # damaged bytes make the reader raise anything

@@ -17,8 +17,8 @@ class Interruption:
     A second Ctrl-C is a KeyboardInterrupt at once. A signal may reach one rank alone: the ranks agree in mean().
     """
 
-    def __init__(self, rank, device):
-        self.rank, self.device = rank, device
+    def __init__(self, rank, world, device):
+        self.rank, self.world, self.device = rank, world, device
         self.asked, self.agreed = [], None  # signals that came to this rank; the one on which all ranks agree
 
     def __enter__(self):
@@ -45,7 +45,7 @@ class Interruption:
         flags = [number in self.asked for number in STATUS]
         total, *flags = sum_over_ranks(torch.stack([loss, *loss.new_tensor(flags)])).tolist()
         self._agree(flags)
-        return total / (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+        return total / self.world
 
     def check(self):
         """Raises SystemExit, with the signal's status, on all ranks or none."""
@@ -79,8 +79,9 @@ class _Watched:
                 ours.check()
 
 
-def ignore_signals(worker=None):
-    """For processes that read images: signals are often sent to a whole group of processes, and a step needs them to
-    the end. They end with the process that started them."""
+def outlive_signals(worker=None):
+    """For processes that read images: signals are often sent to a whole group of processes, and the last step still
+    needs them. After a SIGTERM, by which their own process ends them, too, they have half a minute."""
     for number in STATUS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))

@@ -2,7 +2,6 @@
 import contextlib
 import json
 import os
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,26 +10,41 @@ from matplotlib.figure import Figure
 
 from train.config import to_dict
 from train.distributed import from_rank_0
-
-RUNS = Path("runs")
+from train.runs import find, has_checkpoint, make
 
 
 class RunFolder:
     """The folder of one run. Rank 0 writes; on other ranks the writing methods do nothing."""
 
-    def __init__(self, path, writes, metrics):
-        self.path, self.writes, self.metrics = Path(path), writes, metrics
+    def __init__(self, path, writes, metrics, resumes=False):
+        """path: None before make(). resumes: whether there is a checkpoint to continue from."""
+        self.path, self.writes, self.metrics, self.resumes = path and Path(path), writes, metrics, resumes
 
     @classmethod
     def open(cls, config, resume, rank, metrics):
-        """Finds or makes the folder on rank 0 and tells the others; an error there is raised on every rank."""
-        found = None
-        if rank == 0:
+        """Finds the folder to continue on rank 0, see runs.find, and tells the others; an error there is raised on
+        every rank. Without `resume`, and where there is nothing to resume yet, make() has to follow."""
+        found = None, False
+        if rank == 0 and resume:
             try:
-                found = _find(config, resume) if resume else _make(config)
+                path = find(config, resume)
+                found = path, path is not None and has_checkpoint(path)
             except (ValueError, OSError) as error:
                 found = error
-        return cls(from_rank_0(found), rank == 0, metrics)
+        path, resumes = from_rank_0(found)
+        return cls(path, rank == 0, metrics, resumes)
+
+    def make(self, config, resume):
+        """Makes a new folder, or takes that of a run without a checkpoint -> notes; an error on rank 0 is raised on
+        every rank."""
+        path = self.path
+        if self.writes and path is None:
+            try:
+                path = make(config, may_exist=bool(resume))
+            except (ValueError, OSError) as error:
+                path = error
+        self.path = Path(from_rank_0(path))
+        return ["nothing to resume yet: a new run"] if resume else []
 
     def announce(self, config, notes, state, images, val_images, world, device):
         """Prints what is about to happen, writes config.yaml, and drops what the log has beyond the steps and epochs of
@@ -55,8 +69,9 @@ class RunFolder:
         print("configuration:\n" + "".join("  " + line + "\n" for line in text.splitlines()), flush=True)
 
     def log(self, **row):
-        """One line of log.jsonl: a step (step, epoch from 0, loss, lr; saving_s, seconds that checkpoints held it up), or an epoch (epoch from 1, train_loss, val_loss
-        if the task has one, the metrics, images_per_s, memory in bytes)."""
+        """One line of log.jsonl: a step (step, epoch from 0, loss, lr; saving_s where checkpoints held it up, seconds),
+        or an epoch (epoch from 1, train_loss, val_loss if the task has one, the metrics,
+        images_per_s, memory in bytes)."""
         if self.writes:
             with naming(self.path / "log.jsonl"), open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -131,44 +146,3 @@ def naming(path):
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def _name(config):
-    data = Path(config.data).resolve().name if config.data else "scenes"
-    return "-".join(filter(None, [config.model, config.attn, data]))
-
-
-def _make(config):
-    """A new folder: --out, or the first free of runs/<name>, runs/<name>-2, ..."""
-    if config.out:
-        path = Path(config.out)
-        if (path / "log.jsonl").exists() or (path / "last.pt").exists():
-            raise ValueError(f"--out {path} already holds a run; "
-                             f"continue it with --resume {path}, or name another folder")
-        path.mkdir(parents=True, exist_ok=True)
-        return str(path)
-    number = 1
-    while True:
-        path = RUNS / (_name(config) + (f"-{number}" if number > 1 else ""))
-        try:
-            path.mkdir(parents=True)
-            return str(path)
-        except FileExistsError:
-            number += 1
-
-
-def _find(config, resume):
-    """The folder to continue: `resume` or --out where one is given, else the newest of this name with a checkpoint."""
-    if resume is True and not config.out:
-        numbered = re.compile(re.escape(_name(config)) + r"(-\d+)?")
-        found = [path.parent for path in RUNS.glob("*/last.pt") if numbered.fullmatch(path.parent.name)]
-        if not found:
-            raise FileNotFoundError(f"--resume: no run of {_name(config)} with a checkpoint in {RUNS}/; name its "
-                                    "folder, or start without --resume")
-        return str(max(found, key=lambda path: (path / "last.pt").stat().st_mtime))
-    path = Path(config.out if resume is True else resume)
-    path = path.parent if path.is_file() else path
-    if not (path / "last.pt").is_file():
-        raise FileNotFoundError(f"--resume {path}: no last.pt there; expected the folder of a run that finished at "
-                                "least one epoch")
-    return str(path)
