@@ -72,7 +72,7 @@ COMMANDS = {"train": train, "eval": evaluate, "predict": predict, "info": info, 
 
 def main(argv):
     """Runs one command -> exit status: 0, or 2 after a mistake of the user's or of the machine, said in one line, or
-    130 after Ctrl-C."""
+    130 after Ctrl-C; of a training run that a signal stopped, that of train/interruption.py."""
     try:
         with ranks():
             run(argv)
@@ -87,8 +87,10 @@ def main(argv):
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; `--resume` continues a training run from its last finished epoch", file=sys.stderr)
+        print("stopped; `--resume` continues a training run from its last checkpoint", file=sys.stderr)
         return 130
+    except SystemExit as stop:  # training, saved after a signal
+        return stop.code
     return 0
 
 

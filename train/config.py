@@ -97,6 +97,7 @@ class Config:
     compile: bool = key("machine", False, "compile the model with torch.compile")
     checkpointing: bool = key("machine", False, "recompute blocks in backward: less memory, more time")
     workers: int | None = key("machine", None, "processes per rank that read images; null: up to 8")
+    save_minutes: float = key("machine", 15.0, "between two checkpoints; one more ends each epoch")
     timeout_minutes: float = key("machine", 10.0, "of several ranks: how long one may stand still until all end")
 
 
@@ -105,7 +106,7 @@ TYPES = typing.get_type_hints(Config)
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple: "two numbers, as 0.9,0.999",
          dict: "a YAML mapping, as '{embed_dim: 64}'", str: "a text"}
 # A resumed run may differ in these alone: they change neither the weights nor the images.
-FREE = ("data", "weights", "out", "val_limit", "device", "compile", "checkpointing", "workers",
+FREE = ("data", "weights", "out", "val_limit", "device", "compile", "checkpointing", "workers", "save_minutes",
         "timeout_minutes")
 
 
@@ -273,7 +274,7 @@ def check(config):
                  "val_limit", "max_steps"):
         expect(getattr(config, name) is None or getattr(config, name) > 0, name, "1 or more")
     for name in ("lr", "warmup_lr", "min_lr", "warmup_epochs", "cooldown_epochs", "weight_decay", "clip_grad",
-                 "mixup", "cutmix", "mix_token", "dense_weight", "auxiliary_weight", "randaugment_std"):
+                 "mixup", "cutmix", "mix_token", "dense_weight", "auxiliary_weight", "randaugment_std", "save_minutes"):
         expect(getattr(config, name) >= 0, name, "0 or more")
     for name in ("flip", "crop", "erasing", "label_smoothing"):
         expect(0 <= getattr(config, name) <= 1, name, "0 to 1")

@@ -204,7 +204,8 @@ class Watch:
             self._end_with(*end, self.local_rank == 0)
         if left:
             self.gone.add(rank)
-        if where:
+        if where:  # rank 0 asks, so it lives, and will end all
+            self.asked_at = time.monotonic() + ANSWER
             self._send(0, stands=self._stands())
         if stands is not None:
             self._stopped(rank, stands)
