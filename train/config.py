@@ -191,27 +191,45 @@ def recipe_path(model, data=None, recipe=None, attn=None):
     return own if attn in (None, "window") and own.exists() else RECIPES / f"{model}.yaml"
 
 
-def read_recipe(path):
+def read_recipe(path, above=()):
     """A YAML file of Config keys -> dict. The key `base` names a recipe beside it, whose keys hold where the file has
-    none.
+    none. above: names of those that are based on it.
 
-    Raises ValueError for an unknown key, naming the nearest.
+    Raises ValueError for an unknown key, naming the nearest, and for one that stands twice.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no recipe at {path}; there is: {_shipped()}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}; expected a mapping of configuration keys to values")
+    values = _read_mapping(path)
     base = values.pop("base", None)
     if base is not None:
-        values = {**read_recipe(Path(path).with_name(f"{base}.yaml")), **values}
+        above = (*above, Path(path).stem)
+        if not isinstance(base, str) or Path(base).name != base or base in above:
+            raise ValueError(f"{path}: base = {base!r} does not fit; expected the name of another recipe beside it, "
+                             "without .yaml")
+        values = {**read_recipe(Path(path).with_name(f"{base}.yaml"), above), **values}
     for name in values:
         if name not in KEYS:
             raise ValueError(f"unknown key {name!r} in {path}; {nearest(str(name), KEYS)}`run.py train MODEL --help` "
                              "lists all")
+    return values
+
+
+def _read_mapping(path):
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few lines of them fill the memory
+            raise ValueError("it has aliases, *name; write their values out")
+        node, values = yaml.compose(text), yaml.safe_load(text)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no recipe at {path}; there is: {_shipped()}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error})") from error
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}; expected a mapping of configuration keys to values")
+    names = [name.value for name, _ in node.value]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path}: {twice[0]} stands twice; expected each key once")
     return values
 
 

@@ -42,7 +42,7 @@ def train(config, task, evaluation, resume=None, notes=()):
     """
     rank, world, device = join_ranks(config.device, config.timeout_minutes)
     with contextlib.ExitStack() as ends:
-        ends.callback(leave_ranks)
+        ends.push(leave_ranks)
         interruption = ends.enter_context(Interruption(rank, world, device))
         training, validation, classes = task.datasets(config)
         config.num_classes = config.num_classes or len(classes)
