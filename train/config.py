@@ -215,14 +215,17 @@ def read_recipe(path, above=()):
 def _read_mapping(path):
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few lines of them fill the memory
-            raise ValueError("it has aliases, *name; write their values out")
+        depth = 0
+        for event in yaml.parse(text):  # a few lines of aliases, or of brackets, fill the memory
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > 20:
+                raise ValueError("it has aliases, *name, or brackets in brackets; write values out")
         node, values = yaml.compose(text), yaml.safe_load(text)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no recipe at {path}; there is: {_shipped()}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error})") from error
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}; expected a mapping of configuration keys to values")
