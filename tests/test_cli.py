@@ -2,6 +2,7 @@
 import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,32 @@ def test_train_scenes_eval_and_resume(tmp_path, monkeypatch, capsys):
     assert main([*command, "--resume"]) == 0 and "continues after epoch 1" in capsys.readouterr().out
     assert main(command) == 0
     assert (tmp_path / "runs" / "swin_t-elsa-scenes-2" / "last.pt").exists(), "a second run overwrites nothing"
+
+
+def test_resume_takes_the_runs_options_and_refuses_other_classes(tmp_path, photos, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "photos"
+    shutil.copytree(photos, data)
+    command = ["train", "swin_t", "--attn", "elsa", "--data", "photos", "--workers", "0"]
+    assert main([*command, *TINY, "--resume"]) == 0
+    assert "nothing to resume yet: a new run" in capsys.readouterr().out
+    assert main([*command, "--resume", "--val-limit", "6"]) == 0
+    out = capsys.readouterr().out
+    assert "continues after" in out and "img_size: 16" in out and "val_limit: 6" in out
+    for split in ("train", "test"):
+        (data / split / "cat").rename(data / split / "puss")
+    assert main(["train", "--resume", "runs/swin_t-elsa-photos"]) == 2
+    assert "the classes of photos are not those of the checkpoint" in (stderr := capsys.readouterr().err)
+    assert "class 0 is 'cat' in the checkpoint, 'dog' in the data; class 1 is 'dog'" in stderr
+    (data / "train" / "ant").mkdir()
+    (data / "test" / "ant").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(data / split / "owl" / "0.png", data / split / "ant" / "0.png")
+    weights = ["--weights", "runs/swin_t-elsa-photos/best.pt", "--out", "tuned"]
+    assert main([*command, *TINY, *weights]) == 2
+    assert "all of it fits but the classifier, which is not for the 4 classes of this run; --fresh-head starts" \
+        in capsys.readouterr().err
+    assert main([*command, *TINY, *weights, "--fresh-head"]) == 0
 
 
 def test_train_photos_with_the_paper_recipe_and_eval(tmp_path, photos):
@@ -163,6 +190,9 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     (["train", "swin_t", "--recipe", "folder"], "folder: Is a directory"),
     (["train", "swin_t", "--seed", "1e99"], "seed = "),
     (["train", "swin_t", "--seed=-1"], "seed = -1 does not fit; expected 0 to 2**63 - 1"),
+    (["train", "swin_t", "--seed", "-1"], "seed = -1 does not fit; expected 0 to 2**63 - 1"),
+    (["train", "swin_t", "--lr", "-1e-3"], "lr = -0.001 does not fit; expected 0 or more"),
+    (["train", "swin_t", "--resume", "absent"], "--resume absent: no last.pt"),
     (["train", "swin_t", "--epochs", "1e99"], "expected less than 2**31"),
     (["train", "swin_t", "--lr", "inf"], "lr = inf does not fit; expected finite numbers"),
 ])
