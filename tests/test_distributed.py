@@ -119,7 +119,7 @@ def test_a_rank_that_hangs_is_found_and_says_where(tmp_path):
         job = torchrun(tmp_path / str(rank), "--timeout-minutes", "0.2", fault=f"hang:{rank}:2")
         assert job.wait(90)
         (line,) = said(tmp_path / str(rank))
-        assert line.startswith(f"error: rank {rank} of 2 on {HOST}: has stood for ") and "train/loop.py" in line
+        assert line.startswith(f"error: rank {rank} of 2 on {HOST}: has stood for ") and "tests/faulty.py" in line
         assert f"rank {1 - rank} has waited for others" in line
 
 
@@ -134,7 +134,7 @@ def test_on_two_machines_rank_0s_folder_counts(tmp_path):
     assert said(cut / "node0") == said(cut / "node1") == [message]
     assert not (cut / "node1" / "runs").exists()
     assert two_nodes(cut, *options, "--resume") == [0, 0]
-    assert "continues after epoch 1" in (cut / "node0" / "printed").read_text()
+    assert "continues after step 3" in (cut / "node0" / "printed").read_text()
     runs = [tmp_path / name / "node0" / "runs" / "swin_t-elsa-scenes" for name in ("whole", "cut")]
     assert not (cut / "node1" / "runs").exists() and not (tmp_path / "whole" / "node1" / "runs").exists()
     whole, resumed = map(checkpoint, runs)
@@ -150,7 +150,7 @@ def test_machines_with_other_data_or_code_are_refused(tmp_path):
     for node, dogs in ((0, 4), (1, 3)):
         folder = image_folder(tmp_path / f"node{node}" / "photos", {"train": 4, "val": 4}, ("cat", "dog"))
         for number in range(dogs, 4):
-            (folder / "train" / "dog" / f"{number}.png").rename(folder / "train" / "dog" / f"other{number}.png")
+            (folder / "train" / "dog" / f"{number}.jpg").rename(folder / "train" / "dog" / f"other{number}.jpg")
     options = ["--data", "photos", "--batch-size", "4", "--workers", "0", "--limit", "null", "--val-limit", "null"]
     assert all(two_nodes(tmp_path, *options))
     (line,) = said(tmp_path / "node0")

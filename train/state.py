@@ -1,5 +1,4 @@
 """All that training changes: the model, its moving average, the optimiser, the scaler. What last.pt holds."""
-
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
