@@ -43,13 +43,13 @@ def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
         q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
         return _maps(q, k, weight, bias, float(scale), dilation)[0]
     h = q * k if scale == 1 else q * k * scale
-    return F.gelu(_convolution(h, weight, bias, dilation))
+    return F.gelu(_convolution(h, weight, bias, dilation)).permute(0, 2, 3, 1)
 
 
 def _convolution(h, weight, bias, dilation):
-    """torch's: h, (B, H, W, Q) -> the same shape."""
+    """torch's: (B, H, W, Q) -> (B, Q, H, W)."""
     padding, groups = weight.shape[3] // 2 * dilation, weight.shape[0] // weight.shape[1]
-    return F.conv2d(h.permute(0, 3, 1, 2), weight, bias, 1, padding, dilation, groups).permute(0, 2, 3, 1)
+    return F.conv2d(h.permute(0, 3, 1, 2), weight, bias, 1, padding, dilation, groups)
 
 
 @torch.library.custom_op("elsa::hadamard", mutates_args=())
@@ -99,13 +99,14 @@ def _jvp(ctx, dq, dk, dweight, dbias, *_):
     refuse_nested_forward_mode()
     q, k, weight, bias = ctx.saved_tensors
     h = q * k * ctx.scale
-    du = torch.zeros_like(h) if dbias is None else dbias.to(h.dtype).expand_as(h)
+    u = _convolution(h, weight, bias, ctx.dilation)
+    du = torch.zeros_like(u) if dbias is None else dbias.to(u.dtype)[:, None, None].expand_as(u)
     for tangent, other in ((dq, k), (dk, q)):
         if tangent is not None:
             du = du + _convolution(tangent * other * ctx.scale, weight, None, ctx.dilation)
     if dweight is not None:
         du = du + _convolution(h, dweight, None, ctx.dilation)
-    return torch.ops.aten.gelu_backward(du, _convolution(h, weight, bias, ctx.dilation)), None
+    return torch.ops.aten.gelu_backward(du, u).permute(0, 2, 3, 1), None
 
 
 _maps = differentiable(_hadamard, _setup_context, _backward, _jvp)

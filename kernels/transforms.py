@@ -1,5 +1,8 @@
-"""What torch.autograd and torch.func need of an operator: custom operators have no forward-mode derivative and no rule
-for torch.func.grad, and a tangent that has no rule is zero without a word."""
+"""Derivatives of the operators for torch.autograd, in both modes, and for torch.func.
+
+A custom operator of torch has rules for torch.compile and for backward alone: torch.func.grad refuses it, and its
+tangents in forward mode are zero without a word.
+"""
 import torch
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
@@ -21,8 +24,10 @@ def differentiable(operator, setup_context, backward, jvp):
 
         @staticmethod
         def vmap(info, in_dims, *args):
-            calls = [Function.apply(*(x.select(dim, n) if isinstance(dim, int) else x for x, dim in zip(args, in_dims)))
-                     for n in range(info.batch_size)]
+            calls = []
+            for n in range(info.batch_size):
+                sample = (x.select(dim, n) if isinstance(dim, int) else x for x, dim in zip(args, in_dims))
+                calls.append(Function.apply(*sample))
             outputs = tuple(torch.stack(samples) for samples in zip(*calls))
             return outputs, (0,) * len(outputs)
 
@@ -33,8 +38,8 @@ def differentiable(operator, setup_context, backward, jvp):
         forward_mode = forward_ad._current_level >= 0
         if torch.compiler.is_compiling():
             if forward_mode:
-                raise RuntimeError("elsa_attention and hadamard have no forward-mode derivative (torch.func.jvp, jacfwd, "
-                                   "linearize, forward_ad) inside torch.compile; leave it outside")
+                raise RuntimeError("elsa_attention and hadamard have no forward-mode derivative (torch.func.jvp, "
+                                   "jacfwd, linearize, forward_ad) inside torch.compile; leave it outside")
             return operator(*args)
         if forward_mode or torch._C._are_functorch_transforms_active():
             return Function.apply(*args)
