@@ -88,6 +88,9 @@ def over_ranks(world, function):
     def broadcast_object_list(values, src):
         values[:] = exchange(list(values))[src]
 
+    def broadcast(tensor, src):
+        tensor.copy_(exchange(tensor.clone())[src])
+
     def run(rank):
         here.rank = rank
         try:
@@ -100,7 +103,7 @@ def over_ranks(world, function):
         for name, fake in {"is_initialized": lambda: True, "get_rank": lambda: here.rank,
                            "get_world_size": lambda: world, "all_reduce": all_reduce,
                            "all_gather_object": all_gather_object,
-                           "broadcast_object_list": broadcast_object_list}.items():
+                           "broadcast": broadcast, "broadcast_object_list": broadcast_object_list}.items():
             patch.setattr(dist, name, fake)
         return list(threads.map(run, range(world)))
 
@@ -110,10 +113,9 @@ def interrupt(config, after):
     train_epoch = loop.train_epoch
 
     def power_cut(state, task, loader, epoch, *arguments):
-        losses = train_epoch(state, task, loader, epoch, *arguments)
+        yield from train_epoch(state, task, loader, epoch, *arguments)
         if epoch == after:
             raise InterruptedError("power cut")
-        return losses
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_epoch", power_cut)
@@ -135,7 +137,8 @@ def assert_resumes_bit_identically(config, folder, after=1):
 
 def repeatable(row):
     """A line of the log without what depends on the machine."""
-    return {name: str(value) for name, value in row.items() if name not in ("images_per_s", "memory")}  # NaN is NaN
+    of_machine = ("images_per_s", "memory", "saving_s")
+    return {name: str(value) for name, value in row.items() if name not in of_machine}  # NaN is NaN
 
 
 def rows(folder):
