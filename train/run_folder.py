@@ -69,9 +69,11 @@ class RunFolder:
         print("configuration:\n" + "".join("  " + line + "\n" for line in text.splitlines()), flush=True)
 
     def log(self, **row):
-        """One line of log.jsonl: a step (step, epoch from 0, loss, lr; saving_s where checkpoints held it up, seconds),
-        or an epoch (epoch from 1, train_loss, val_loss if the task has one, the metrics,
-        images_per_s, memory in bytes)."""
+        """One line of log.jsonl.
+
+        A step: step, epoch from 0, loss, lr; saving_s, seconds, where checkpoints held it up. An epoch: epoch from 1,
+        train_loss, val_loss if the task has one, the metrics, images_per_s, memory in bytes.
+        """
         if self.writes:
             with naming(self.path / "log.jsonl"), open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
