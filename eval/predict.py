@@ -88,8 +88,9 @@ def segment(model, image, classes, config, device):
     """
     pixels = np.asarray(image)
     views = segmentation.views(pixels, config.img_size)
-    probabilities = ade20k.predict(model, views, pixels.shape[:2], device, config.amp)
-    label_map = probabilities.argmax(0).cpu().numpy()
+    label_map = np.empty(pixels.shape[:2], np.int64)
+    for rows, probabilities in ade20k.predict(model, views, label_map.shape, device, config.amp):
+        label_map[rows] = probabilities.argmax(0).cpu().numpy()
     shares = np.bincount(label_map.flatten(), minlength=len(classes)) / label_map.size
     present = [int(i) for i in np.argsort(-shares, kind="stable") if shares[i]]
     drawn = draw_label_map(pixels, label_map, len(classes))
