@@ -15,15 +15,24 @@
 
 `python run.py train MODEL --help` shows the options of a model; `--batch-size 64` overrides the recipe's batch_size.
 """
+import contextlib
 import difflib
 import os
 import re
 import sys
 
+from train import cores
+
+cores.settle_threads()  # before torch is imported
+
 
 def train(argv):
     from train.command_line import parse_train
-    options = parse_train(argv)  # before torch is imported: a mistake is answered at once
+    if several_ranks():
+        from train import watch
+        options = parse_train(argv, watch.current.from_rank_0)
+    else:
+        options = parse_train(argv)  # before torch is imported: a mistake is answered at once
     if options is None:  # it asked for help
         return
     config, resume, notes = options
@@ -65,7 +74,8 @@ def main(argv):
     """Runs one command -> exit status: 0, or 2 after a mistake of the user's or of the machine, said in one line, or
     130 after Ctrl-C."""
     try:
-        run(argv)
+        with ranks():
+            run(argv)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output wants no more of it, as `| head` does
         # What is still buffered must not fail at the exit.
@@ -80,6 +90,18 @@ def main(argv):
         print("stopped; `--resume` continues a training run from its last finished epoch", file=sys.stderr)
         return 130
     return 0
+
+
+def ranks():
+    """Under torchrun the context in which all ranks end together."""
+    if not several_ranks():
+        return contextlib.nullcontext()
+    from train.watch import Watch
+    return Watch(message_of)
+
+
+def several_ranks():
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def run(argv):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from train import scenes
+from train import cores, scenes
 
 SCENES, VALIDATION_SCENES = 2048, 512  # rendered scenes per epoch, and for validation
 
@@ -125,8 +125,8 @@ def validation_loader(dataset, batch_size, rank, world, workers):
 
 
 def num_workers(config):
-    """As configured; else none for scenes, which draw in a millisecond or two, and for photographs the cores of the
-    machine split among its ranks, at most 8."""
+    """As configured; else none for scenes, which draw in a millisecond or two, and for photographs the cores that
+    may be used, split among the machine's ranks, at most 8."""
     if config.workers is not None:
         return config.workers
-    return 0 if config.data is None else min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return 0 if config.data is None else min(8, cores.available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

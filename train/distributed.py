@@ -1,15 +1,22 @@
 """Ranks: how the processes that torchrun started find each other, and what they tell each other."""
+import io
 import os
+import pickle
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 import kernels
+from train import watch
 from train.device import autocast, memory_format
 
 
-def join_ranks(device="auto"):
-    """(rank, world size, torch.device) of this process. Under torchrun it joins the others."""
+def join_ranks(device="auto", timeout_minutes=10.0):
+    """(rank, world size, torch.device) of this process. Under torchrun it joins the others.
+
+    timeout_minutes: how long a rank may stand still, see watch.py.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = 'cuda', but torch sees no GPU; "
                          "use --device cpu, or install torch for this GPU's driver")
@@ -24,7 +31,10 @@ def join_ranks(device="auto"):
         # of what autocast leaves in float32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        if watch.current:
+            watch.current.timeout = timeout_minutes
+        # The watch, which names a culprit, comes before the collectives' own timeout.
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes + 2))
     return (dist.get_rank() if world > 1 else 0), world, device
 
 
@@ -42,6 +52,56 @@ def from_rank_0(value):
     if isinstance(value, Exception):
         raise value
     return value
+
+
+def tensors_from_rank_0(value, device):
+    """As from_rank_0, for gigabytes: the tensors in `value`, on the CPU, travel one after the other by way of
+    `device`, never all at once."""
+    if not dist.is_initialized():
+        return from_rank_0(value)
+    file = io.BytesIO()
+    describer = _Describer(file)
+    describer.dump(value)
+    described = from_rank_0(file.getvalue())
+    tensors = describer.tensors
+    if dist.get_rank():
+        placer = _Placer(io.BytesIO(described))
+        value, tensors = placer.load(), placer.tensors
+    for tensor in tensors:
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8).to(device)
+        dist.broadcast(flat, 0)
+        if dist.get_rank():
+            tensor.copy_(flat.to(tensor.device).view(tensor.dtype).view(tensor.shape))
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+class _Describer(pickle.Pickler):
+    """Pickles with shape, stride and type in the place of every tensor; `tensors` are these, in order."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.tensors = []
+
+    def persistent_id(self, part):
+        if isinstance(part, torch.Tensor):
+            self.tensors.append(part)
+            return tuple(part.shape), part.stride(), part.dtype
+        return None
+
+
+class _Placer(pickle.Unpickler):
+    """Puts empty tensors into these places."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.tensors = []
+
+    def persistent_load(self, described):
+        shape, stride, dtype = described
+        self.tensors.append(torch.empty_strided(shape, stride, dtype=dtype))
+        return self.tensors[-1]
 
 
 def sum_over_ranks(tensor):

@@ -36,15 +36,14 @@ def train(config, task, evaluation, resume=None, notes=()):
     Raises ValueError or FileNotFoundError for what the user can mend, FloatingPointError when the loss is no longer
     finite.
     """
-    rank, world, device = join_ranks(config.device)
+    rank, world, device = join_ranks(config.device, config.timeout_minutes)
     try:
         training, validation, classes = task.datasets(config)
         config.num_classes = config.num_classes or len(classes)
         check_fit(config, len(training), len(classes), world)
-        state = TrainingState(config, world, device, fresh=not resume)
         folder = RunFolder.open(config, resume, rank, evaluation.METRICS)
-        if resume:
-            state.load(folder.load())
+        state = TrainingState(config, world, device, fresh=not folder.resumes)
+        notes = [*notes, *(state.load(folder.load(device), classes) if folder.resumes else folder.make(config, resume))]
         per_rank = config.batch_size // config.accumulate // world  # images of one forward pass
         loader = data.training_loader(training, config, rank, world)
         val_loader = evaluation.loader(validation, per_rank, rank, world, data.num_workers(config))
@@ -65,6 +64,7 @@ def train(config, task, evaluation, resume=None, notes=()):
             close_epoch(state, folder, result, evaluation.METRICS, classes, losses, rate)
             progress.epoch(state.history[-1], config.epochs, evaluation.METRICS)
         progress.close()
+        state.unwrap()
         return state.history
     finally:
         leave_ranks()

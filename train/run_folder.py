@@ -2,7 +2,6 @@
 import contextlib
 import json
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -10,9 +9,8 @@ import yaml
 from matplotlib.figure import Figure
 
 from train.config import to_dict
-from train.distributed import from_rank_0
-
-RUNS = Path("runs")
+from train.distributed import from_rank_0, tensors_from_rank_0
+from train.runs import find, has_checkpoint, make
 
 
 class RunFolder:
@@ -22,26 +20,46 @@ class RunFolder:
     None), config, classes, epoch (how many are finished) and history; last.pt also has optimizer and scaler.
     """
 
-    def __init__(self, path, writes, metrics):
-        self.path, self.writes, self.metrics = Path(path), writes, metrics
+    def __init__(self, path, writes, metrics, resumes=False):
+        """path: None before make(). resumes: whether there is a checkpoint to continue from."""
+        self.path, self.writes, self.metrics, self.resumes = path and Path(path), writes, metrics, resumes
 
     @classmethod
     def open(cls, config, resume, rank, metrics):
-        """Finds or makes the folder on rank 0 and tells the others; an error there is raised on every rank."""
-        found = None
-        if rank == 0:
+        """Finds the folder to continue on rank 0, see runs.find, and tells the others; an error there is raised on
+        every rank. Without `resume`, and where there is nothing to resume yet, make() has to follow."""
+        found = None, False
+        if rank == 0 and resume:
             try:
-                found = _find(config, resume) if resume else _make(config)
+                path = find(config, resume)
+                found = path, path is not None and has_checkpoint(path)
             except (ValueError, OSError) as error:
                 found = error
-        return cls(from_rank_0(found), rank == 0, metrics)
+        path, resumes = from_rank_0(found)
+        return cls(path, rank == 0, metrics, resumes)
 
-    def load(self):
-        """The checkpoint last.pt."""
-        try:
-            return torch.load(self.path / "last.pt", map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged bytes make the unpickler raise anything
-            raise ValueError(f"--resume: {self.path / 'last.pt'} cannot be read ({error}); start a new run") from error
+    def make(self, config, resume):
+        """Makes a new folder, or takes that of a run without a checkpoint -> notes; an error on rank 0 is raised on
+        every rank."""
+        path = self.path
+        if self.writes and path is None:
+            try:
+                path = make(config, may_exist=bool(resume))
+            except (ValueError, OSError) as error:
+                path = error
+        self.path = Path(from_rank_0(path))
+        return ["nothing to resume yet: a new run"] if resume else []
+
+    def load(self, device):
+        """The checkpoint last.pt, which only rank 0 reads: its machine alone may have it. On the CPU; tensors travel by
+        way of `device`."""
+        checkpoint = None
+        if self.writes:
+            try:
+                checkpoint = torch.load(self.path / "last.pt", map_location="cpu", weights_only=True)
+            except Exception as error:  # damaged bytes make the unpickler raise anything
+                checkpoint = ValueError(f"--resume: {self.path / 'last.pt'} cannot be read ({error}); start a new run")
+        return tensors_from_rank_0(checkpoint, device)
 
     def announce(self, config, notes, model, images, val_images, world, device, epoch):
         """Prints what is about to happen, writes config.yaml, and drops what the log has beyond `epoch` epochs."""
@@ -140,44 +158,3 @@ def naming(path):
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def _name(config):
-    data = Path(config.data).resolve().name if config.data else "scenes"
-    return "-".join(filter(None, [config.model, config.attn, data]))
-
-
-def _make(config):
-    """A new folder: --out, or the first free of runs/<name>, runs/<name>-2, ..."""
-    if config.out:
-        path = Path(config.out)
-        if (path / "log.jsonl").exists() or (path / "last.pt").exists():
-            raise ValueError(f"--out {path} already holds a run; "
-                             f"continue it with --resume {path}, or name another folder")
-        path.mkdir(parents=True, exist_ok=True)
-        return str(path)
-    number = 1
-    while True:
-        path = RUNS / (_name(config) + (f"-{number}" if number > 1 else ""))
-        try:
-            path.mkdir(parents=True)
-            return str(path)
-        except FileExistsError:
-            number += 1
-
-
-def _find(config, resume):
-    """The folder to continue: `resume` or --out where one is given, else the newest of this name with a checkpoint."""
-    if resume is True and not config.out:
-        numbered = re.compile(re.escape(_name(config)) + r"(-\d+)?")
-        found = [path.parent for path in RUNS.glob("*/last.pt") if numbered.fullmatch(path.parent.name)]
-        if not found:
-            raise FileNotFoundError(f"--resume: no run of {_name(config)} with a checkpoint in {RUNS}/; name its "
-                                    "folder, or start without --resume")
-        return str(max(found, key=lambda path: (path / "last.pt").stat().st_mtime))
-    path = Path(config.out if resume is True else resume)
-    path = path.parent if path.is_file() else path
-    if not (path / "last.pt").is_file():
-        raise FileNotFoundError(f"--resume {path}: no last.pt there; expected the folder of a run that finished at "
-                                "least one epoch")
-    return str(path)

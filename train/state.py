@@ -6,7 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import create_model, load_weights
-from train.config import model_overrides, refuse_other, task_of, to_dict
+from train.config import model_overrides, refuse_other, refuse_other_classes, task_of, to_dict
 from train.device import memory_format, precision
 from train.schedule import decay_groups
 
@@ -51,6 +51,11 @@ class TrainingState:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=device_ids)
 
+    def unwrap(self):
+        """Drops what holds on to the group of ranks, which must not outlive it: a group whose last reference goes after
+        destroy_process_group() waits for a thread that waits for Python."""
+        self.forward = self.model
+
     @property
     def evaluated(self):
         """The model whose scores count: the moving average where there is one."""
@@ -66,12 +71,15 @@ class TrainingState:
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch,
                 "config": to_dict(self.config), "classes": classes, "history": self.history}
 
-    def load(self, checkpoint):
-        """Raises ValueError when the checkpoint is of a run that was configured otherwise."""
-        refuse_other(self.config, checkpoint["config"])
+    def load(self, checkpoint, classes):
+        """classes: names of those in the data -> notes. Raises ValueError when the checkpoint is of a run that was
+        configured otherwise or had other classes."""
+        notes = refuse_other(self.config, checkpoint["config"])
+        refuse_other_classes(checkpoint["classes"], classes, self.config.data or "the rendered scenes")
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         if self.ema:
             self.ema.module.load_state_dict(checkpoint["ema"])
         self.epoch, self.history = checkpoint["epoch"], checkpoint["history"]
+        return notes
