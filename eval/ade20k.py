@@ -14,7 +14,7 @@ from train.distributed import max_over_ranks, sum_over_ranks
 from train.segmentation import IGNORED
 
 METRICS = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}  # per cent
-DUMPS = MULTI_SCALE = True  # what `run.py eval` can be asked for
+DUMPS, MULTI_SCALE = "folder", True  # what `run.py eval` can be asked for
 STRIP = 2 ** 23  # probabilities that are in memory at a time
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi-scale evaluation, as published
 

@@ -29,7 +29,7 @@ def main(argv):
     parser.add_argument("--attn", default="window,dwconv,ddf,neighborhood,elsa",
                         help="kinds of attention, with commas between them")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind, with seeds 0, 1, ...")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="any options of `run.py train`, the same for all runs")
     parser.add_argument("--recipe", default=None, help="as for `run.py train`")
     parser.add_argument("--out", default=None,

@@ -117,7 +117,7 @@ def resize(x, size):
 
 
 def resize_rows(x, size, start, stop, above=0, height=None):
-    """Rows `start` to `stop` of resize(x, size), to the last bit on a CPU, without the others.
+    """Rows `start` to `stop` of resize(x, size) without the others; on a CPU, but for the tiniest maps, to the last bit.
 
     x: (B, C, h, W), of a map of `height` rows (default: all) those from `above` on; source_rows() says which are needed.
     """

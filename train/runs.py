@@ -23,6 +23,7 @@ def make(config, may_exist=False):
     """
     if config.out:
         path = Path(config.out)
+        refuse_inputs("--out", path, config.data)
         if has_checkpoint(path) or (path / "log.jsonl").exists() and not may_exist:
             raise ValueError(f"--out {path} already holds a run; "
                              f"continue it with --resume {path}, or name another folder")
@@ -36,6 +37,25 @@ def make(config, may_exist=False):
             return str(path)
         except FileExistsError:
             number += 1
+
+
+def refuse_inputs(option, out, data=None, files=()):
+    """Raises ValueError when `out`, a file or folder that is to be written, is an input or lies in a folder of inputs,
+    by way of a symbolic link, too.
+
+    option: its name. data: a folder in any of the layouts, or None. files: others, or None, that are read.
+    """
+    out = Path(out).resolve()
+    read = [Path(file) for file in files if file]
+    if data is not None:
+        data = Path(data)
+        splits = ("train*", "val*", "test*", "images", "images/*", "annotations", "annotations/*")
+        read += [path for split in splits for path in data.glob(split)]
+        if out == data.resolve():
+            raise ValueError(f"{option} {out} is the folder of --data; nothing is written into it, name another one")
+    for path in read:
+        if path.resolve() in (out, *out.parents):
+            raise ValueError(f"{option} {out} would write over {path} or into it, which is read; name another place")
 
 
 def find(config, resume):
