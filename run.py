@@ -139,8 +139,8 @@ def message_of(error):
     if foreseen(error):
         return text
     first = (text.split("\n") or [""])[0]
-    return (f"unexpected {type(error).__name__}{place_of(error)}: {first}. This is not foreseen, perhaps a fault of the "
-            "program; ELSA_TRACEBACK=1 before the command shows where it comes from")
+    return (f"unexpected {type(error).__name__}{place_of(error)}: {first}. Nobody foresaw this; it may be a fault of "
+            "the program. ELSA_TRACEBACK=1 before the command shows where it comes from")
 
 
 def foreseen(error):

@@ -135,7 +135,7 @@ class Comparison:
         result = {"command": self.command, "date": date.today().isoformat(), "device": device,
                   "torch": torch.__version__, "metric": self.metric_name, "rows": rows, "config": to_dict(self.config)}
         for name, text in (("results.json", json.dumps(result, indent=1)), ("table.md", self.table(result))):
-            replace_atomically(self.folder / name, lambda file: file.write(text.encode()))
+            replace_atomically(self.folder / name, lambda file: file.write(text.encode(errors="backslashreplace")))
         self.plot(rows)
         return result
 

@@ -117,9 +117,9 @@ def resize(x, size):
 
 
 def resize_rows(x, size, start, stop, above=0, height=None):
-    """Rows `start` to `stop` of resize(x, size) without the others; on a CPU, but for the tiniest maps, to the last bit.
+    """Rows `start` to `stop` of resize(x, size), without the others; on a CPU equal to the last bit, but for tiny maps.
 
-    x: (B, C, h, W), of a map of `height` rows (default: all) those from `above` on; source_rows() says which are needed.
+    x: (B, C, h, w), of a map of `height` rows (default: all) those from `above` on; source_rows() says which.
     """
     upper, lower, share = source_rows(height or x.shape[2], size[0], start, stop)
     first, last = int(upper[0]), int(lower[-1]) + 1
@@ -130,8 +130,8 @@ def resize_rows(x, size, start, stop, above=0, height=None):
 
 
 def source_rows(rows, resized, start, stop):
-    """Between which of `rows` the rows `start` to `stop` of `resized` lie -> (upper, lower: (stop - start,) int64, share
-    of the lower: float32), rounded as F.interpolate does."""
+    """Between which of `rows` the rows `start` to `stop` of `resized` lie -> (upper, lower: (stop - start,) int64, the
+    lower's share: float32), rounded as F.interpolate does."""
     scale = (torch.tensor(rows, dtype=torch.float32) / resized).double()
     place = (scale * (torch.arange(start, stop) + 0.5) - 0.5).float().clamp_min(0)
     upper = place.long().clamp_max(rows - 1)
