@@ -13,7 +13,7 @@ import torch
 
 from train import data
 from train.device import peak_memory, to_device
-from train.distributed import broadcast_buffers, join_ranks, leave_ranks, mean_over_ranks, tune_kernels
+from train.distributed import agree, broadcast_buffers, join_ranks, leave_ranks, mean_over_ranks, tune_kernels
 from train.progress import Progress
 from train.run_folder import RunFolder
 from train.schedule import learning_rate, total_steps
@@ -41,6 +41,7 @@ def train(config, task, evaluation, resume=None, notes=()):
         training, validation, classes = task.datasets(config)
         config.num_classes = config.num_classes or len(classes)
         check_fit(config, len(training), len(classes), world)
+        agree(config, training, validation, classes)
         folder = RunFolder.open(config, resume, rank, evaluation.METRICS)
         state = TrainingState(config, world, device, fresh=not folder.resumes)
         notes = [*notes, *(state.load(folder.load(device), classes) if folder.resumes else folder.make(config, resume))]

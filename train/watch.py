@@ -29,7 +29,8 @@ PERIOD = 1.0  # seconds between two looks at the main thread
 ANSWER = 15  # seconds in which a rank has to answer
 TOGETHER = 0.5  # seconds in which ranks that all stumble over the same have said so
 # Files whose innermost frame means that a rank waits for others; backward exchanges gradients.
-WAITING = ("torch/distributed/", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py", "train/distributed.py")
+WAITING = ("torch/distributed/", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py", "train/distributed.py",
+           "train/watch.py")
 USERS = (ValueError, OSError, FloatingPointError, OverflowError)  # what a user can mend: shown without traceback
 
 current = None  # the watch of this process, or None: it is alone
@@ -52,8 +53,7 @@ class Watch:
         self.trace = None
         self.hosts, self.processes = {self.rank: socket.gethostname()}, {}
         self.shared = 0
-        self.facts = {}  # of this rank; on rank 0 also those of others that came before its own
-        self.early = []
+        self.facts, self.early = {}, {}  # on rank 0, by subject: its own; those of others that came before
         self.failures, self.decide_at = [], None  # on rank 0: (urgency, rank, message)
         self.answers, self.asked_at = {}, None  # to the question where a rank stands
         self.stack, self.still = None, 0  # of the main thread, and for how many looks it has been the same
@@ -79,7 +79,7 @@ class Watch:
         current = self
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.thread.start()
-        self.agree(torch=torch.__version__, code=_code())
+        self.agree("software", {"torch": torch.__version__, "the project's code": _code()})
         return self
 
     def __exit__(self, kind, error, trace):
@@ -110,16 +110,17 @@ class Watch:
             self.store.set(f"watch/{self.shared}", json.dumps(function()))
         return json.loads(self.store.get(f"watch/{self.shared}"))
 
-    def agree(self, **facts):
-        """Ends the job when one of these, plain values with a name, differs from that of rank 0."""
+    def agree(self, subject, facts):
+        """Ends the job when one of these facts, {name: plain value}, is not the one of rank 0; a name that only one of
+        both has is not compared."""
+        facts = json.loads(json.dumps(facts))
         with self.lock:
-            self.facts.update(json.loads(json.dumps(facts)))
             if self.rank:
-                self._send(0, facts=facts)
+                self._send(0, facts=[subject, facts])
             else:
-                early, self.early = self.early, []
-                for rank, theirs in early:
-                    self._compare(rank, theirs)
+                self.facts[subject] = facts
+                for rank, theirs in self.early.pop(subject, ()):
+                    self._compare(rank, subject, theirs)
 
     # What follows runs in the thread, except for _failed and _end of a rank that fails.
 
@@ -184,7 +185,7 @@ class Watch:
         if failed is not None:
             self._failed(urgency, rank, failed)
         if facts is not None:
-            self._compare(rank, facts)
+            self._compare(rank, *facts)
         if end is not None:
             self._end_with(*end, self.local_rank == 0)
         if left:
@@ -200,15 +201,17 @@ class Watch:
         except (OSError, KeyError):
             pass  # its death is noticed by reading
 
-    def _compare(self, rank, theirs):
-        """Of rank 0: names the first fact that differs."""
-        if not theirs.keys() <= self.facts.keys():
-            self.early.append((rank, theirs))
+    def _compare(self, rank, subject, theirs):
+        """Of rank 0: names the first facts that differ."""
+        if subject not in self.facts:
+            self.early.setdefault(subject, []).append((rank, theirs))
             return
-        other = [f"{name} is {theirs[name]} there and {self.facts[name]} on rank 0" for name in theirs
-                 if theirs[name] != self.facts[name]]
+        own = self.facts[subject]
+        other = [f"{name} is {theirs[name]!r} here and {own[name]!r} on rank 0" for name in theirs
+                 if name in own and theirs[name] != own[name]]
         if other:
-            self._failed(0, rank, "; ".join(other) + "; expected the same on all ranks")
+            more = f" (and {len(other) - 3} more)" if len(other) > 3 else ""
+            self._failed(0, rank, f"{'; '.join(other[:3])}{more}; expected the same on all ranks")
 
     def _failed(self, urgency, rank, message):
         """Of rank 0. urgency: 0, certain; 1, an error; 2, one that may follow from another rank's."""
@@ -270,7 +273,7 @@ class Watch:
         if self.asked_at is not None and time.monotonic() - self.asked_at > ANSWER:
             if self.rank:
                 self._kill(0)
-                self._end(0, f"does not answer, and rank {self.rank} {_standing(self._stands())}")
+                self._end(0, f"does not answer, and rank {self.rank} {self._standing(self._stands())}")
             else:
                 self._blame()
 
@@ -290,13 +293,19 @@ class Watch:
         for rank in silent:
             self._kill(rank)
         if silent:
-            waits = "; ".join(f"rank {rank} {_standing(stands)}" for rank, stands in sorted(self.answers.items())[:4])
-            self._end(silent[0], f"does not answer: stopped, or its machine is; {waits}")
+            others = "; ".join(f"rank {rank} {self._standing(self.answers[rank])}" for rank in sorted(self.answers)[:4])
+            self._end(silent[0], f"does not answer: stopped, or its machine is; {others}")
         # Who waits for others is not to blame; of the rest the one that has stood for longest.
         order = sorted(self.answers, key=lambda rank: (self.answers[rank]["waits"], -self.answers[rank]["seconds"]))
-        others = "; ".join(f"rank {rank} {_standing(self.answers[rank])}" for rank in order[1:4])
-        self._end(order[0], f"{_standing(self.answers[order[0]])}; {others}. "
+        others = "; ".join(f"rank {rank} {self._standing(self.answers[rank])}" for rank in order[1:4])
+        self._end(order[0], f"{self._standing(self.answers[order[0]])}; {others}. "
                             f"Stopped because one stood for --timeout-minutes {self.timeout:g}")
+
+    def _standing(self, stands):
+        does = ("moves on, now" if stands["seconds"] < self.timeout * 30 else
+                f"has waited for others for {stands['seconds']:.0f} s" if stands["waits"] else
+                f"has stood for {stands['seconds']:.0f} s")
+        return f"{does} at {stands['where']}"
 
     def _kill(self, rank):
         """A rank of this machine that cannot end itself; those of others are left to their torchrun."""
@@ -320,13 +329,6 @@ def _frames():
         frames.append(frame)
         frame = frame.f_back
     return frames
-
-
-def _standing(stands):
-    if stands["seconds"] < 2 * PERIOD:
-        return f"moves on, now at {stands['where']}"
-    does = "has waited for others" if stands["waits"] else "has stood"
-    return f"{does} for {stands['seconds']:.0f} s at {stands['where']}"
 
 
 def _code():
