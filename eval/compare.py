@@ -18,6 +18,7 @@ from models.info import info
 from train.command_line import Parser
 from train.config import KEYS, family_of, model_overrides, recipe_path, resolve, to_dict
 from train.run_folder import replace_atomically
+from train.runs import refuse_inputs
 
 ENTRY_POINT = Path(__file__).parents[1] / "run.py"
 
@@ -53,6 +54,7 @@ def main(argv):
     config, _ = resolve(options, recipe)
     data = Path(config.data).resolve().name if config.data else "scenes"
     folder = Path(out or f"runs/compare-{config.model}-{data}")
+    refuse_inputs("--out", folder, config.data)
     return Comparison(config, attns, seeds, folder, options, recipe, "run.py compare " + shlex.join(argv)).run()
 
 

@@ -7,7 +7,7 @@ from eval.options import load_model, make_parser, settle
 from eval.tasks import TASKS, task_of
 from train.data import num_workers
 from train.distributed import join_ranks, leave_ranks
-from train.run_folder import naming
+from train.run_folder import naming, notes_of
 from train.runs import refuse_inputs
 
 
@@ -54,8 +54,8 @@ def run(config, weights, classes, multi_scale=False, dump=None):
                   f"{weights or 'UNTRAINED: no --weights were given'}\n  {len(dataset)} images of "
                   f"{config.data or 'held-out rendered scenes'}, {size} {config.img_size} px{views}, "
                   f"{config.num_classes} classes, {world} x {device}", flush=True)
-            for note in getattr(dataset, "notes", ()):
-                print(f"  validation: {note}", flush=True)
+            for note in notes_of("validation", dataset):
+                print("  " + note, flush=True)
         result = evaluation.evaluate(model, loader, device, config.amp, dump)
         if rank == 0:
             print(evaluation.table(result, classes))

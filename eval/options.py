@@ -1,5 +1,6 @@
 """Options of `run.py eval` and `run.py predict`: the command line over the checkpoint's configuration."""
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -37,6 +38,9 @@ def settle(options, weights, photographs=False):
     for the scenes. Else a model without --data sees what it was trained on: its folder, or the scenes. Raises
     ValueError or FileNotFoundError where that cannot be.
     """
+    if options["model"] and Path(options["model"]).is_file():
+        raise ValueError(f"{options['model']} is a file, where the name of a model was expected; weights are named "
+                         "with --weights")
     saved, classes = checkpoint_facts(weights) if weights else ({}, None)
     if options["model"] and saved and options["model"] != saved["model"]:
         raise ValueError(f"{weights} was trained as {saved['model']}, not as {options['model']}; "
@@ -46,7 +50,7 @@ def settle(options, weights, photographs=False):
         if not saved:
             raise ValueError(f"{weights} is no checkpoint of this project, which would say what it was trained on; "
                              "name the photographs with --data. Rendered scenes are for models trained on them")
-        options["data"] = configuration.cast("data", saved.get("data"))
+        options["data"] = saved.get("data") and os.fsdecode(os.fsencode(configuration.cast("data", saved["data"])))
         if options["data"] is not None and not Path(options["data"]).is_dir():
             raise FileNotFoundError(f"{weights} was trained on {options['data']}, which is not here; "
                                     "name its folder with --data")
@@ -76,9 +80,11 @@ def checkpoint_facts(path):
     judges. Raises FileNotFoundError where there is none."""
     if not Path(path).exists():
         raise FileNotFoundError(f"--weights: no checkpoint at {path}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"--weights: {path} is a folder; expected a file, as {Path(path) / 'best.pt'}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # torch maps no file whose name is not UTF-8
+            checkpoint = torch.load(path, map_location="cpu", mmap=str(path).isascii(), weights_only=True)
         saved, classes = dict(checkpoint["config"]), list(checkpoint["classes"])
     except Exception:
         return {}, None

@@ -2,6 +2,7 @@
 import difflib
 import glob
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ from train.device import autocast
 from train.distributed import join_ranks
 from train.photographs import load_image
 from train.run_folder import replace_atomically
+from train.runs import refuse_inputs
 
 # What a photograph in a folder ends in: all that Pillow reads, but for films, drawings and tables.
 READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} \
@@ -37,6 +39,7 @@ def main(argv):
     predict = {"classification": classify, "segmentation": segment, "detection": detect}[task]
     if config.data:
         classes = TASKS[task].evaluation.dataset(config, classes)[1]
+    refuse_inputs("--out", out, config.data)
     places = results_of(images, out)
     _, _, device = join_ranks(config.device)
     config.num_classes = config.num_classes or (len(classes) if classes else None)
@@ -114,7 +117,7 @@ def results_of(images, out):
     Raises ValueError where a result would take the place of something that predict did not write.
     """
     for folder in {path.parent for path in images}:
-        if out.resolve() == folder.resolve():
+        if out.is_dir() and out.samefile(folder):
             raise ValueError(f"--out {out} holds photographs that are to be predicted, and results may take their "
                              "places or be taken for some; name another folder")
     names = [path.stem for path in images]
@@ -133,7 +136,9 @@ def results_of(images, out):
 
 def of_another(place, image):
     earlier = predicted(place.with_name(f"{place.name}.json"))
-    return earlier is not None and Path(earlier).resolve() != image.resolve()
+    if earlier is not None and os.path.exists(earlier):
+        return not image.samefile(earlier)
+    return earlier not in (None, str(image))
 
 
 def predicted(path):

@@ -49,7 +49,7 @@ def train(config, task, evaluation, resume=None, notes=()):
         loader = data.training_loader(training, config, rank, world)
         val_loader = evaluation.loader(validation, per_rank, rank, world, data.num_workers(config))
         if rank == 0:
-            folder.announce(config, notes, state.model, len(training), len(validation), world, device, state.epoch)
+            folder.announce(config, notes, state.model, training, validation, world, device, state.epoch)
         tune_kernels(state.model, per_rank, config.img_size, config.amp, rank, device)
         state.wrap()
 
