@@ -15,7 +15,7 @@ from train import data
 from train.device import peak_memory, to_device
 from train.distributed import agree, broadcast_buffers, join_ranks, leave_ranks, mean_over_ranks, tune_kernels
 from train.progress import Progress
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, notes_of
 from train.schedule import learning_rate, total_steps
 from train.state import TrainingState
 
@@ -39,6 +39,7 @@ def train(config, task, evaluation, resume=None, notes=()):
     rank, world, device = join_ranks(config.device, config.timeout_minutes)
     try:
         training, validation, classes = task.datasets(config)
+        notes = [*notes, *notes_of("training", training), *notes_of("validation", validation)]
         config.num_classes = config.num_classes or len(classes)
         check_fit(config, len(training), len(classes), world)
         agree(config, training, validation, classes)
@@ -49,7 +50,7 @@ def train(config, task, evaluation, resume=None, notes=()):
         loader = data.training_loader(training, config, rank, world)
         val_loader = evaluation.loader(validation, per_rank, rank, world, data.num_workers(config))
         if rank == 0:
-            folder.announce(config, notes, state.model, training, validation, world, device, state.epoch)
+            folder.announce(config, notes, state.model, len(training), len(validation), world, device, state.epoch)
         tune_kernels(state.model, per_rank, config.img_size, config.amp, rank, device)
         state.wrap()
 

@@ -61,7 +61,7 @@ class RunFolder:
                 checkpoint = ValueError(f"--resume: {self.path / 'last.pt'} cannot be read ({error}); start a new run")
         return tensors_from_rank_0(checkpoint, device)
 
-    def announce(self, config, notes, model, training, validation, world, device, epoch):
+    def announce(self, config, notes, model, images, val_images, world, device, epoch):
         """Prints what is about to happen, writes config.yaml, and drops what the log has beyond `epoch` epochs."""
         text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=1000)
         replace_atomically(self.path / "config.yaml", lambda file: file.write(text.encode()))
@@ -69,9 +69,9 @@ class RunFolder:
         source = f"{config.data}" if config.data else "rendered scenes, because no --data was given"
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"train {config.model}, attn {config.attn or 'default'}, {parameters:,} parameters, on {source}")
-        print(f"  {len(training)} training and {len(validation)} validation images of {config.num_classes} classes at "
+        print(f"  {images} training and {val_images} validation images of {config.num_classes} classes at "
               f"{config.img_size} px, {config.epochs} epochs in batches of {config.batch_size}, {world} x {device}")
-        for note in [*notes, *notes_of("training", training), *notes_of("validation", validation)]:
+        for note in notes:
             print("  " + note)
         print(f"  {'continues after epoch ' + str(epoch) + ' in' if epoch else 'writes to'} {self.path}/")
         print("configuration:\n" + "".join("  " + line + "\n" for line in text.splitlines()), flush=True)
