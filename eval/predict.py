@@ -121,8 +121,8 @@ def results_of(images, out):
             raise ValueError(f"--out {out} holds photographs that are to be predicted, and results may take their "
                              "places or be taken for some; name another folder")
     names = [path.stem for path in images]
-    for longer in (lambda path: path.name,
-                   lambda path: "-".join(part for part in path.resolve().parts if part != path.anchor).strip("/")):
+    typed = lambda path: "-".join(part for part in path.parts if part not in (path.anchor, ".."))
+    for longer in (lambda path: path.name, typed, lambda path: typed(path.resolve())):
         times = Counter(name.casefold() for name in names)
         names = [longer(path) if times[name.casefold()] > 1 or of_another(out / name, path) else name
                  for name, path in zip(names, images)]
