@@ -240,7 +240,8 @@ def cast(name, value):
             first, second = value.split(",") if isinstance(value, str) else value
             return float(first), float(second)
         if kind is dict:
-            return dict(yaml.safe_load(value) if isinstance(value, str) else value)
+            entries = dict(yaml.safe_load(value) if isinstance(value, str) else value)
+            return {str(name): entry for name, entry in entries.items()}
         return kind(value)
     except (ValueError, TypeError, KeyError, OverflowError, yaml.YAMLError):
         raise ValueError(f"{name} = {value!r} does not fit; expected {NAMES[kind]}") from None
