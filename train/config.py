@@ -43,6 +43,8 @@ class Config:
     data: str | None = key("data", None, "folder of the images; null: rendered scenes")
     limit: int | None = key("data", None, "so many training images, of all classes alike")
     val_limit: int | None = key("data", None, "so many validation images, of all classes alike")
+    exif: str = key("data", "apply", "where it is unclear whether annotations follow EXIF orientation: apply or ignore",
+                    ("segmentation", "detection"))
     out: str | None = key("data", None, "folder of the run; null: runs/MODEL-ATTN-DATA, numbered")
 
     epochs: int = key("schedule", 300, "passes over the training images")
@@ -289,6 +291,7 @@ def check(config):
     expect(config.cosine_from in ("warmup", "zero"), "cosine_from", "warmup or zero")
     expect(config.lr_per in ("step", "epoch"), "lr_per", "step or epoch")
     expect(config.select in ("best", "last"), "select", "best or last")
+    expect(config.exif in ("apply", "ignore"), "exif", "apply or ignore")
     expect(config.decay in ("weights", "published"), "decay", "weights or published")
     expect(0 < config.milestones[0] <= config.milestones[1], "milestones", "two rising epochs, as 8,11")
     expect(config.amp in ("auto", "bf16", "fp16", "none"), "amp", "auto, bf16, fp16 or none")
