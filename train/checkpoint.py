@@ -118,8 +118,9 @@ def read_whole(path):
     """
     with zipfile.ZipFile(path) as file:
         part = file.testzip()
-    if part is not None:
-        raise ValueError(f"the checksum of {part} does not fit")
+        folders = [entry.filename for entry in file.infolist() if entry.external_attr]
+    if part or folders:  # torch takes a part that is marked as a folder for zeros, or whatever is in memory
+        raise ValueError(f"the {'checksum' if part else 'mark'} of {part or folders[0]} does not fit")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     missing = NEEDED - set(checkpoint)
     if missing:

@@ -19,7 +19,7 @@ from train.device import peak_memory, to_device
 from train.distributed import agree, gather, join_ranks, leave_ranks, tune_kernels
 from train.interruption import Interruption
 from train.progress import Progress
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, notes_of
 from train.schedule import learning_rate, total_steps
 from train.state import TrainingState
 
@@ -45,6 +45,7 @@ def train(config, task, evaluation, resume=None, notes=()):
         ends.push(leave_ranks)
         interruption = ends.enter_context(Interruption(rank, world, device))
         training, validation, classes = task.datasets(config)
+        notes = [*notes, *notes_of("training", training), *notes_of("validation", validation)]
         config.num_classes = config.num_classes or len(classes)
         per_rank = config.batch_size // config.accumulate // world  # images of one forward pass
         agree(config, training, validation, classes)

@@ -69,9 +69,11 @@ class RunFolder:
         print("configuration:\n" + "".join("  " + line + "\n" for line in text.splitlines()), flush=True)
 
     def log(self, **row):
-        """One line of log.jsonl: a step (step, epoch from 0, loss, lr; saving_s where checkpoints held it up, seconds),
-        or an epoch (epoch from 1, train_loss, val_loss if the task has one, the metrics,
-        images_per_s, memory in bytes)."""
+        """One line of log.jsonl.
+
+        A step: step, epoch from 0, loss, lr; saving_s, seconds, where checkpoints held it up. An epoch: epoch from 1,
+        train_loss, val_loss if the task has one, the metrics, images_per_s, memory in bytes.
+        """
         if self.writes:
             with naming(self.path / "log.jsonl"), open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -105,8 +107,14 @@ class RunFolder:
         for axes in (losses, accuracy):
             axes.grid(alpha=0.3)
             axes.legend()
-        figure.suptitle(self.path.name)
+        # As UTF-8, whatever the locale takes the name for; and a $ is a $.
+        figure.suptitle(os.fsencode(self.path.name).decode("utf-8", "replace"), parse_math=False)
         replace_atomically(self.path / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def notes_of(split, dataset):
+    """What a data set has to say about itself, such as what it leaves out: its attribute `notes`, a list of lines."""
+    return [f"{split}: {note}" for note in getattr(dataset, "notes", ())]
 
 
 def replace_atomically(path, write, previous=None):
