@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from photographs import image_folder
-from train.distributed import inventory, tensors_from_rank_0
+from train import watch
+from train.distributed import agree, inventory, leave_ranks, tensors_from_rank_0
 from training import ROOT, TINY, assert_same, checkpoint, command_line, over_ranks, repeatable, rows, tiny
 
 OPTIONS = command_line(tiny(), *TINY, "attn")[1:]
@@ -95,6 +98,29 @@ def test_the_inventory_names_what_differs(tmp_path):
     assert [name for name in first if first[name] != second.get(name)] == ["val/dog"]
     (other / "notes" / "classes.txt").write_text("b")
     assert inventory(other)["notes/classes.txt"] != second["notes/classes.txt"]
+
+
+def test_ranks_agree_on_all_but_places(tmp_path, monkeypatch):
+    folder, told = image_folder(tmp_path / "photos", {"train": 2, "val": 2}), {}
+    monkeypatch.setattr(watch, "current", SimpleNamespace(agree=lambda subject, facts: told.update(facts)))
+    agree(tiny(data=str(folder), out="mine", workers=3, num_classes=2), range(24), range(9), ["cat", "dog"])
+    assert told["class 1"] == "dog" and told["the number of training images"] == 24 and told["batch_size"] == 8
+    assert told.keys() > {"train/cat", "val/dog", "seed", "limit", "model_args", "of validation images"}
+    assert not told.keys() & {"data", "weights", "token_labels", "out", "workers"}
+
+
+def test_a_rank_that_failed_does_not_wait_for_the_others_to_leave(monkeypatch):
+    left = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(1))
+    monkeypatch.setattr(watch, "current", object())
+    leave_ranks(ValueError, ValueError(), None)
+    assert not left
+    leave_ranks()
+    leave_ranks(SystemExit, SystemExit(143), None)
+    monkeypatch.setattr(watch, "current", None)
+    leave_ranks(ValueError, ValueError(), None)
+    assert len(left) == 3
 
 
 @pytest.mark.slow
