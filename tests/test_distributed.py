@@ -168,7 +168,7 @@ def test_on_two_machines_rank_0s_folder_counts(tmp_path):
         assert_same(whole[name], resumed[name])
     assert [repeatable(row) for row in rows(runs[0])] == [repeatable(row) for row in rows(runs[1])]
     # A folder that only rank 0's machine has
-    assert two_nodes(cut, "--resume", "runs/swin_t-elsa-scenes") == [0, 0]
+    assert two_nodes(cut, *options, "--resume", "runs/swin_t-elsa-scenes") == [0, 0]
 
 
 @pytest.mark.slow
