@@ -220,6 +220,7 @@ def test_a_damaged_or_younger_configuration_is_named(tmp_path):
 def test_classes_of_a_checkpoint_are_compared_in_order():
     refuse_other_classes(["cat", 1], ("cat", "1"), "photos")
     for found, message in ((["ant", "cat", "dog"], "class 0 is 'cat' in the checkpoint, 'ant' in the data; class 1"),
+                           (["dog", "cat"], "class 0 is 'cat' in the checkpoint, 'dog' in the data"),
                            (["cat"], "the checkpoint has 2 classes, the data 1"),
                            (["cat", "Dog"], "class 1 is 'dog' in the checkpoint, 'Dog' in the data; expected")):
         with pytest.raises(ValueError, match=f"the classes of photos .*{re.escape(message)}"):
