@@ -120,7 +120,8 @@ def test_modules_are_called(options):
     """So hooks fire, and what takes a module's place acts."""
     torch.manual_seed(0)
     layer, x, called = ELSA(16, 2, **options), torch.randn(2, 6, 5, 16), []
-    modules = {name: module for name, module in layer.named_modules() if name and list(module.parameters(recurse=False))}
+    modules = {name: module for name, module in layer.named_modules()
+               if name and list(module.parameters(recurse=False))}
     for name, module in modules.items():
         module.register_forward_hook(lambda *_, name=name: called.append(name))
     plain = layer(x)

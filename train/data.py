@@ -16,7 +16,7 @@ SCENES, VALIDATION_SCENES = 2048, 512  # rendered scenes per epoch, and for vali
 
 def seed_of(*numbers):
     """One 63-bit seed from several numbers; neighbouring numbers give unrelated seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def with_generator(seeds, function, *arguments):
