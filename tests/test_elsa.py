@@ -10,8 +10,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.fsdp import fully_shard
 
-from models.elsa import ELSA
+from models.elsa import ELSA, Pointwise
 from published import GOLDEN, assert_close
+from train.state import TrainingState
+from training import tiny
 
 
 @pytest.mark.parametrize("case", range(4))
@@ -180,3 +182,27 @@ def test_every_module_can_be_sharded():
             name: x.shape for name, x in layer.state_dict().items()}
     finally:
         dist.destroy_process_group()
+
+
+def test_moments_of_checkpoints_with_convolutions_are_taken_over():
+    def moved(state):
+        for parameter in state.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        state.optimizer.step()
+        return state
+
+    start = lambda: TrainingState(tiny(), world=1, device=torch.device("cpu"))
+    first = moved(start())
+    checkpoint = copy.deepcopy(first.checkpoint(["a"]))
+    places = [i for i, parameter in enumerate(sum((group["params"] for group in first.optimizer.param_groups), []))
+              if any(parameter is layer.weight for layer in first.model.modules() if isinstance(layer, Pointwise))]
+    assert len(places) == 6
+    for i in places:
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments = checkpoint["optimizer"]["state"][i]
+            moments[name] = moments[name][:, :, None, None]
+    second = start()
+    second.load(checkpoint)
+    assert all(moments["exp_avg"].shape == parameter.shape for parameter, moments in second.optimizer.state.items())
+    for ours, want in zip(moved(second).model.parameters(), moved(first).model.parameters()):
+        assert torch.equal(ours, want)
