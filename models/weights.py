@@ -55,6 +55,9 @@ def load_weights(model, source, classifier=True):
                  if not CLASSIFIER.match(key) and not key.startswith("norm.")}
         expected = {key: value for key, value in expected.items() if re.match(r"backbone\.(?!norm\d)", key)}
         strict = False
+    elif not hasattr(model, "backbone"):  # mmpretrain's classifiers have one
+        state = {key.replace("backbone.norm3.", "norm.").removeprefix("backbone."): value
+                 for key, value in state.items()}
     if not classifier:
         state = {key: value for key, value in state.items() if not CLASSIFIER.match(key)}
         expected = {key: value for key, value in expected.items() if not CLASSIFIER.match(key)}
