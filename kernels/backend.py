@@ -2,6 +2,7 @@
 
 The kernels are imported on their first use: Triton has no packages for macOS and Windows, where the CPU path must work.
 """
+import contextlib
 import importlib.util
 import os
 
@@ -25,10 +26,11 @@ def uses_triton(x):
 
 def aggregation(v):
     """The module whose forward and backward aggregate v."""
-    if uses_triton(v):
+    if not uses_triton(v):
+        return cpu
+    with _triton_needed():
         from kernels import aggregation
-        return aggregation
-    return cpu
+    return aggregation
 
 
 def has_convolution(q, weight):
@@ -38,8 +40,21 @@ def has_convolution(q, weight):
 
 def convolution():
     """The module whose forward and backward make the attention maps."""
-    from kernels import convolution
+    with _triton_needed():
+        from kernels import convolution
     return convolution
+
+
+@contextlib.contextmanager
+def _triton_needed():
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ValueError("triton is not installed, and tensors on a GPU need it, as do those on a CPU while "
+                         "TRITON_INTERPRET=1 is set: install it (pip install triton), or unset TRITON_INTERPRET, for "
+                         "a CPU needs torch alone") from error
 
 
 def on_device_of(x):

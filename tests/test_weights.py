@@ -94,6 +94,9 @@ def test_what_does_not_fit_is_listed_and_nothing_is_loaded():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match="relative_position_bias_table is .* the model has"):
         load_weights(tiny("neighborhood", kernel_size=5), tiny("neighborhood").state_dict())
+    table = {"layers.0.blocks.0.attn.relative_position_bias_table": torch.zeros(9, 9)}  # of nine heads, not a window's
+    with pytest.raises(ValueError, match=r"bias_table is \(9, 9\), the model has \(1, 9\)"):
+        load_weights(tiny("neighborhood"), tiny("neighborhood").state_dict() | table)
 
 
 def test_bias_tables_of_another_window_are_interpolated_and_that_is_said(capsys):
@@ -166,6 +169,17 @@ def test_newer_mmdetection_names_and_order_of_patches():
     want = F.layer_norm(patches, patches.shape[-1:], *norm) @ theirs[f"{prefix}.downsample.reduction.weight"].T
     result = detector.backbone.layers[1].downsample(x)
     assert_close("down-sampling", want.view(result.shape), result, 1e-5)
+
+
+def test_classifiers_of_mmpretrain():
+    classifier = tiny("window")
+    theirs = {}
+    for key, value in classifier.state_dict().items():
+        name = key.replace("norm.", "norm3.") if key.startswith("norm.") else key.replace("head.", "head.fc.")
+        theirs[name if name.startswith("head.") else f"backbone.{name}"] = torch.randn_like(value)
+    load_weights(classifier, {"state_dict": theirs})
+    assert torch.equal(classifier.norm.weight, theirs["backbone.norm3.weight"])
+    assert torch.equal(classifier.head.weight, theirs["head.fc.weight"])
 
 
 def test_numpys_numbers_are_data(tmp_path):
