@@ -11,7 +11,7 @@ from train.device import autocast
 from train.distributed import max_over_ranks, sum_over_ranks
 
 METRICS = {"top1": "top-1", "top5": "top-5"}  # per cent; by the first, the best epoch is chosen
-DUMPS = MULTI_SCALE = False  # what `run.py eval` can be asked for
+DUMPS, MULTI_SCALE = None, False  # what `run.py eval` can be asked for
 # class index -> WordNet id, which is the name of ImageNet's folders
 WNIDS = Path(__file__).with_name("imagenet_wnids.txt")
 
@@ -20,9 +20,12 @@ def dataset(config, classes):
     """(Dataset, names of the model's classes): the labels are classes of the model, whichever part of them the data
     has.
 
-    classes: names of the checkpoint's classes, or None.
+    classes: names of the checkpoint's classes, or None. Raises ValueError where they are not those of the data.
     """
     if config.data is None:
+        if classes is not None and list(classes) != classification.Scenes.classes:
+            raise ValueError(f"without --data a model is shown rendered scenes, whose classes this one does not have: "
+                             f"it has {len(classes)}, {list(classes[:5])}...; --data names a folder")
         return classification.Scenes.of(config, validation=True), classes or classification.Scenes.classes
     images = classification.validation_folder(config)
     indices, classes = class_indices(images.classes, classes, config.num_classes)

@@ -88,6 +88,9 @@ def over_ranks(world, function):
     def broadcast_object_list(values, src):
         values[:] = exchange(list(values))[src]
 
+    def broadcast(tensor, src):
+        tensor.copy_(exchange(tensor.clone())[src])
+
     def run(rank):
         here.rank = rank
         try:
@@ -100,7 +103,7 @@ def over_ranks(world, function):
         for name, fake in {"is_initialized": lambda: True, "get_rank": lambda: here.rank,
                            "get_world_size": lambda: world, "all_reduce": all_reduce,
                            "all_gather_object": all_gather_object,
-                           "broadcast_object_list": broadcast_object_list}.items():
+                           "broadcast": broadcast, "broadcast_object_list": broadcast_object_list}.items():
             patch.setattr(dist, name, fake)
         return list(threads.map(run, range(world)))
 

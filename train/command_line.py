@@ -6,9 +6,10 @@ import argparse
 import re
 import shutil
 import textwrap
+from pathlib import Path
 
 from train.config import KEYS, TASK_OF_FAMILY, TYPES, concerns, nearest, resolve, task_of, to_dict
-from train.runs import find, go_on, saved_configuration
+from train.runs import find, go_on, refuse_inputs, saved_configuration
 
 GROUPS = {"model": "Model", "data": "Data and output", "schedule": "Schedule and optimiser",
           "augmentation": "Augmentation", "task": "Loss and evaluation", "machine": "Machine"}
@@ -64,6 +65,8 @@ def parse_train(argv, from_rank_0=lambda function: function()):
     if wants_help:
         print(help_of_train(config, notes[0], named))
         return None
+    if recipe and config.out and not resume:
+        refuse_inputs("--out", Path(config.out) / "config.yaml", files=[recipe])
     if resume:
         def saved():
             folder = find(config, resume)

@@ -1,4 +1,5 @@
 """Ranks: how the processes that torchrun started find each other, and what they tell each other."""
+import hashlib
 import io
 import os
 import pickle
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 import kernels
 from train import watch
+from train.config import to_dict
 from train.device import autocast, memory_format
 
 
@@ -33,9 +35,39 @@ def join_ranks(device="auto", timeout_minutes=10.0):
     if world > 1:
         if watch.current:
             watch.current.timeout = timeout_minutes
+            watch.current.agree("device", {"device": kind})
         # The watch, which names a culprit, comes before the collectives' own timeout.
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes + 2))
     return (dist.get_rank() if world > 1 else 0), world, device
+
+
+def agree(config, training, validation, classes):
+    """Ends the job when ranks differ in their configuration or data; they may have them at different places."""
+    if watch.current:
+        places = ("data", "weights", "token_labels", "out", "workers")
+        facts = {f"class {number}": str(name) for number, name in enumerate(classes)}
+        facts |= inventory(config.data) if config.data else {}
+        facts |= {"the number of training images": len(training), "of validation images": len(validation)}
+        facts |= {name: value for name, value in to_dict(config).items() if name not in places}
+        watch.current.agree("data", facts)
+
+
+def inventory(folder):
+    """{file or folder below `folder`: digest}: of files of text what they hold, of folders the names of all others."""
+    found = {}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = sorted(name for name in files if not name.startswith("."))
+        for name in files:
+            if name.endswith((".json", ".txt")):
+                with open(os.path.join(place, name), "rb") as file:
+                    path = os.path.relpath(os.path.join(place, name), folder)
+                    found[path] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        images = [name for name in files if not name.endswith((".json", ".txt"))]
+        if images:
+            digest = hashlib.sha256("\0".join(images).encode(errors="surrogateescape")).hexdigest()[:12]
+            found[os.path.relpath(place, folder)] = f"{len(images)} files, {digest}"
+    return found
 
 
 def leave_ranks():

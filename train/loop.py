@@ -16,10 +16,10 @@ from train import data
 from train.checkpoint import Checkpoints
 from train.config import task_of
 from train.device import peak_memory, to_device
-from train.distributed import gather, join_ranks, leave_ranks, tune_kernels
+from train.distributed import agree, gather, join_ranks, leave_ranks, tune_kernels
 from train.interruption import Interruption
 from train.progress import Progress
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, notes_of
 from train.schedule import learning_rate, total_steps
 from train.state import TrainingState
 
@@ -45,8 +45,10 @@ def train(config, task, evaluation, resume=None, notes=()):
         ends.callback(leave_ranks)
         interruption = ends.enter_context(Interruption(rank, world, device))
         training, validation, classes = task.datasets(config)
+        notes = [*notes, *notes_of("training", training), *notes_of("validation", validation)]
         config.num_classes = config.num_classes or len(classes)
         per_rank = config.batch_size // config.accumulate // world  # images of one forward pass
+        agree(config, training, validation, classes)
         notes = [*notes, *check_fit(config, len(training), len(classes), world, device)]
         folder = RunFolder.open(config, resume, rank, evaluation.METRICS)
         checkpoints = ends.enter_context(Checkpoints(folder, config.save_minutes))

@@ -107,8 +107,14 @@ class RunFolder:
         for axes in (losses, accuracy):
             axes.grid(alpha=0.3)
             axes.legend()
-        figure.suptitle(self.path.name)
+        # As UTF-8, whatever the locale takes the name for; and a $ is a $.
+        figure.suptitle(os.fsencode(self.path.name).decode("utf-8", "replace"), parse_math=False)
         replace_atomically(self.path / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def notes_of(split, dataset):
+    """What a data set has to say about itself, such as what it leaves out: its attribute `notes`, a list of lines."""
+    return [f"{split}: {note}" for note in getattr(dataset, "notes", ())]
 
 
 def replace_atomically(path, write, previous=None):

@@ -2,6 +2,7 @@
 
 Imports no torch, as config.py: what --resume means is settled before the first slow import.
 """
+import os
 import re
 from pathlib import Path
 
@@ -23,6 +24,9 @@ def make(config, may_exist=False):
     """
     if config.out:
         path = Path(config.out)
+        refuse_inputs("--out", path, config.data, [config.token_labels])
+        for name in ("best.pt", "last.pt"):
+            refuse_inputs("--out", path / name, files=[config.weights])
         if has_checkpoint(path) or (path / "log.jsonl").exists() and not may_exist:
             raise ValueError(f"--out {path} already holds a run; "
                              f"continue it with --resume {path}, or name another folder")
@@ -36,6 +40,35 @@ def make(config, may_exist=False):
             return str(path)
         except FileExistsError:
             number += 1
+
+
+def refuse_inputs(option, out, data=None, files=()):
+    """Raises ValueError when `out`, a file or folder that is to be written, is an input or lies in a folder of inputs,
+    by way of a symbolic link, too.
+
+    option: its name. data: a folder in any of the layouts, or None. files: others, or None, that are read.
+    """
+    read = [Path(file) for file in files if file]
+    if data is not None:
+        data = Path(data)
+        splits = ("train*", "val*", "test*", "images", "images/*", "annotations", "annotations/*")
+        read += [path for split in splits for path in data.glob(split)]
+        if _identity(out) == _identity(data) != 0:
+            raise ValueError(f"{option} {out} is the folder of --data; nothing is written into it, name another one")
+    resolved = Path(out).resolve()
+    written = {_identity(path) for path in (resolved, *resolved.parents)} - {0}
+    for path in read:
+        if _identity(path) in written:
+            raise ValueError(f"{option} {out} would write over {path} or into it, which is read; name another place")
+
+
+def _identity(path):
+    """What is the same for two names of one file or folder; 0 where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0
+    return status.st_dev, status.st_ino
 
 
 def find(config, resume):

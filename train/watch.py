@@ -5,6 +5,7 @@ not matter what the main thread waits for. A rank that fails sends its reason; t
 that dies, and the network's keepalive that of a machine; one whose main thread stands at the same instruction for too
 long is asked, with all others, where it stands. Rank 0 chooses whom to name, prints it and tells all ranks to end.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -29,7 +30,8 @@ PERIOD = 1.0  # seconds between two looks at the main thread
 ANSWER = 15  # seconds in which a rank has to answer
 TOGETHER = 0.5  # seconds in which ranks that all stumble over the same have said so
 # Files whose innermost frame means that a rank waits for others; backward exchanges gradients.
-WAITING = ("torch/distributed/", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py", "train/distributed.py")
+WAITING = ("torch/distributed/", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py", "train/distributed.py",
+           "train/watch.py")
 USERS = (ValueError, OSError, FloatingPointError, OverflowError)  # what a user can mend: shown without traceback
 
 current = None  # the watch of this process, or None: it is alone
@@ -52,35 +54,42 @@ class Watch:
         self.trace = None
         self.hosts, self.processes = {self.rank: socket.gethostname()}, {}
         self.shared = 0
-        self.facts = {}  # of this rank; on rank 0 also those of others that came before its own
-        self.early = []
+        self.facts, self.early = {}, {}  # on rank 0, by subject: its own; those of others that came before
         self.failures, self.decide_at = [], None  # on rank 0: (urgency, rank, message)
         self.answers, self.asked_at = {}, None  # to the question where a rank stands
         self.stack, self.still = None, 0  # of the main thread, and for how many looks it has been the same
         self.look_at = time.monotonic()
 
     def __enter__(self):
+        """Raises ConnectionError when rank 0 cannot be reached."""
         global current
-        self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         self.selector = selectors.DefaultSelector()
         self.peers = {}  # rank -> socket: of rank 0 to all others, of the others to rank 0
-        own = [os.getpid(), os.environ.get("GROUP_RANK")]
-        if self.rank == 0:
-            self.token = secrets.token_hex()
-            dual = socket.has_dualstack_ipv6()
-            server = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET,
-                                          dualstack_ipv6=dual, backlog=self.world)
-            self.selector.register(server, selectors.EVENT_READ, self._accept)
-            self.store.set("watch", json.dumps([server.getsockname()[1], self.token, self.hosts[0], own]))
-        else:
-            port, token, self.hosts[0], self.processes[0] = json.loads(self.store.get("watch"))
-            self._connected(0, socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60), b"")
-            self._send(0, token=token, rank=self.rank, host=self.hosts[self.rank], process=own)
+        try:
+            self._meet()
+        except (OSError, RuntimeError) as error:
+            raise ConnectionError(f"rank {self.rank} of {self.world} on {self.hosts[self.rank]} cannot reach rank 0 at "
+                                  f"{os.environ.get('MASTER_ADDR')}: {str(error).splitlines()[0]}") from error
         current = self
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.thread.start()
-        self.agree(torch=torch.__version__, code=_code())
+        self.agree("software", {"torch": torch.__version__, "the project's code": _code()})
         return self
+
+    def _meet(self):
+        """Rank 0 says through torch's store where it listens; the others come."""
+        self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+        own = [os.getpid(), os.environ.get("GROUP_RANK")]
+        if self.rank:
+            port, token, self.hosts[0], self.processes[0] = json.loads(self.store.get("watch"))
+            self._connected(0, socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60), b"")
+            self._send(0, token=token, rank=self.rank, host=self.hosts[self.rank], process=own)
+            return
+        self.token, dual = secrets.token_hex(), socket.has_dualstack_ipv6()
+        server = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET,
+                                      dualstack_ipv6=dual, backlog=self.world)
+        self.selector.register(server, selectors.EVENT_READ, self._accept)
+        self.store.set("watch", json.dumps([server.getsockname()[1], self.token, self.hosts[0], own]))
 
     def __exit__(self, kind, error, trace):
         global current
@@ -110,16 +119,17 @@ class Watch:
             self.store.set(f"watch/{self.shared}", json.dumps(function()))
         return json.loads(self.store.get(f"watch/{self.shared}"))
 
-    def agree(self, **facts):
-        """Ends the job when one of these, plain values with a name, differs from that of rank 0."""
+    def agree(self, subject, facts):
+        """Ends the job when one of these facts, {name: plain value}, is not the one of rank 0; a name that only one of
+        both has is not compared."""
+        facts = json.loads(json.dumps(facts))
         with self.lock:
-            self.facts.update(json.loads(json.dumps(facts)))
             if self.rank:
-                self._send(0, facts=facts)
+                self._send(0, facts=[subject, facts])
             else:
-                early, self.early = self.early, []
-                for rank, theirs in early:
-                    self._compare(rank, theirs)
+                self.facts[subject] = facts
+                for rank, theirs in self.early.pop(subject, ()):
+                    self._compare(rank, subject, theirs)
 
     # What follows runs in the thread, except for _failed and _end of a rank that fails.
 
@@ -172,7 +182,12 @@ class Watch:
         del self.peers[rank]
         if rank not in self.gone:
             died = "died: killed, out of memory or its machine lost; the log of that machine may say more"
-            self._failed(0, rank, died) if self.rank == 0 else self._end(rank, died)
+            if self.rank == 0:
+                self._failed(0, rank, died)
+            elif self.asked_at is not None:  # another one did not wait any longer, and killed it
+                self._without_rank_0()
+            else:
+                self._end(0, died)
 
     def _messages(self, rank, buffer):
         while b"\n" in buffer:
@@ -184,12 +199,13 @@ class Watch:
         if failed is not None:
             self._failed(urgency, rank, failed)
         if facts is not None:
-            self._compare(rank, facts)
+            self._compare(rank, *facts)
         if end is not None:
             self._end_with(*end, self.local_rank == 0)
         if left:
             self.gone.add(rank)
-        if where:
+        if where:  # rank 0 asks, so it lives, and will end all
+            self.asked_at = time.monotonic() + ANSWER
             self._send(0, stands=self._stands())
         if stands is not None:
             self._stopped(rank, stands)
@@ -200,15 +216,17 @@ class Watch:
         except (OSError, KeyError):
             pass  # its death is noticed by reading
 
-    def _compare(self, rank, theirs):
-        """Of rank 0: names the first fact that differs."""
-        if not theirs.keys() <= self.facts.keys():
-            self.early.append((rank, theirs))
+    def _compare(self, rank, subject, theirs):
+        """Of rank 0: names the first facts that differ."""
+        if subject not in self.facts:
+            self.early.setdefault(subject, []).append((rank, theirs))
             return
-        other = [f"{name} is {theirs[name]} there and {self.facts[name]} on rank 0" for name in theirs
-                 if theirs[name] != self.facts[name]]
+        own = self.facts[subject]
+        other = [f"{name} is {theirs[name]!r} here and {own[name]!r} on rank 0" for name in theirs
+                 if name in own and theirs[name] != own[name]]
         if other:
-            self._failed(0, rank, "; ".join(other) + "; expected the same on all ranks")
+            more = f" (and {len(other) - 3} more)" if len(other) > 3 else ""
+            self._failed(0, rank, f"{'; '.join(other[:3])}{more}; expected the same on all ranks")
 
     def _failed(self, urgency, rank, message):
         """Of rank 0. urgency: 0, certain; 1, an error; 2, one that may follow from another rank's."""
@@ -269,8 +287,7 @@ class Watch:
                 self._stopped(0, self._stands())
         if self.asked_at is not None and time.monotonic() - self.asked_at > ANSWER:
             if self.rank:
-                self._kill(0)
-                self._end(0, f"does not answer, and rank {self.rank} {_standing(self._stands())}")
+                self._without_rank_0()
             else:
                 self._blame()
 
@@ -285,24 +302,35 @@ class Watch:
         if self.answers.keys() >= {0, *self.peers}:
             self._blame()
 
+    def _without_rank_0(self):
+        self._kill(0)
+        self._end(0, f"does not answer, and rank {self.rank} {self._standing(self._stands())}")
+
     def _blame(self):
         silent = sorted({*self.peers} - self.answers.keys())
         for rank in silent:
             self._kill(rank)
         if silent:
-            waits = "; ".join(f"rank {rank} {_standing(stands)}" for rank, stands in sorted(self.answers.items())[:4])
-            self._end(silent[0], f"does not answer: stopped, or its machine is; {waits}")
+            others = "; ".join(f"rank {rank} {self._standing(self.answers[rank])}" for rank in sorted(self.answers)[:4])
+            self._end(silent[0], f"does not answer: stopped, or its machine is; {others}")
         # Who waits for others is not to blame; of the rest the one that has stood for longest.
         order = sorted(self.answers, key=lambda rank: (self.answers[rank]["waits"], -self.answers[rank]["seconds"]))
-        others = "; ".join(f"rank {rank} {_standing(self.answers[rank])}" for rank in order[1:4])
-        self._end(order[0], f"{_standing(self.answers[order[0]])}; {others}. "
+        others = "; ".join(f"rank {rank} {self._standing(self.answers[rank])}" for rank in order[1:4])
+        self._end(order[0], f"{self._standing(self.answers[order[0]])}; {others}. "
                             f"Stopped because one stood for --timeout-minutes {self.timeout:g}")
+
+    def _standing(self, stands):
+        does = ("moves on, now" if stands["seconds"] < self.timeout * 30 else
+                f"has waited for others for {stands['seconds']:.0f} s" if stands["waits"] else
+                f"has stood for {stands['seconds']:.0f} s")
+        return f"{does} at {stands['where']}"
 
     def _kill(self, rank):
         """A rank of this machine that cannot end itself; those of others are left to their torchrun."""
         process, torchrun = self.processes[rank]
         if torchrun is not None and torchrun == os.environ.get("GROUP_RANK"):
-            os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
     def _stands(self):
         frames = _frames()
@@ -320,13 +348,6 @@ def _frames():
         frames.append(frame)
         frame = frame.f_back
     return frames
-
-
-def _standing(stands):
-    if stands["seconds"] < 2 * PERIOD:
-        return f"moves on, now at {stands['where']}"
-    does = "has waited for others" if stands["waits"] else "has stood"
-    return f"{does} for {stands['seconds']:.0f} s at {stands['where']}"
 
 
 def _code():
