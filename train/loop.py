@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from train import data
+from train.bad_images import BadImages, Replacing, allowed
 from train.device import peak_memory, to_device
 from train.distributed import broadcast_buffers, join_ranks, leave_ranks, mean_over_ranks, tune_kernels
 from train.progress import Progress
@@ -39,6 +40,7 @@ def train(config, task, evaluation, resume=None, notes=()):
     rank, world, device = join_ranks(config.device)
     try:
         training, validation, classes = task.datasets(config)
+        training = Replacing(training, allowed(config.bad_images, len(training)))
         config.num_classes = config.num_classes or len(classes)
         check_fit(config, len(training), len(classes), world)
         state = TrainingState(config, world, device, fresh=not resume)
@@ -46,7 +48,7 @@ def train(config, task, evaluation, resume=None, notes=()):
         if resume:
             state.load(folder.load())
         per_rank = config.batch_size // config.accumulate // world  # images of one forward pass
-        loader = data.training_loader(training, config, rank, world)
+        loader = BadImages(data.training_loader(training, config, rank, world), folder.path, rank)
         val_loader = evaluation.loader(validation, per_rank, rank, world, data.num_workers(config))
         if rank == 0:
             folder.announce(config, notes, state.model, len(training), len(validation), world, device, state.epoch)
@@ -59,12 +61,14 @@ def train(config, task, evaluation, resume=None, notes=()):
         for epoch in range(state.epoch, math.ceil(total / steps)):
             start = time.perf_counter()
             losses = train_epoch(state, task, loader, epoch, rank, folder, progress)
+            loader.share()
             rate = len(losses) * config.batch_size / (time.perf_counter() - start)
             broadcast_buffers(state.model)
             result = evaluation.evaluate(state.evaluated, val_loader, device, config.amp)
             close_epoch(state, folder, result, evaluation.METRICS, classes, losses, rate)
             progress.epoch(state.history[-1], config.epochs, evaluation.METRICS)
         progress.close()
+        progress.say(loader.report())
         return state.history
     finally:
         leave_ranks()
