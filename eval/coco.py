@@ -16,7 +16,7 @@ from train.distributed import from_rank_0, gather, max_over_ranks
 from train.run_folder import replace_atomically
 
 METRICS = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP"}  # per cent
-DUMPS, MULTI_SCALE = True, False  # what `run.py eval` can be asked for
+DUMPS, MULTI_SCALE = "file", False  # what `run.py eval` can be asked for
 CLASSES = Path(__file__).with_name("coco_classes.txt")  # names of the 80 classes, in the order of published detectors
 # COCO's twelve numbers.
 SUMMARY = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large",

@@ -22,11 +22,11 @@ class Fake(nn.Module):
         self.seen = 0
         self.dropout = nn.Dropout()  # a part whose mode has to follow
 
-    def forward(self, images, *sizes):
+    def forward(self, images, *sizes, **options):
         assert not self.training and not self.dropout.training, "evaluated in training mode"
         assert not torch.is_grad_enabled(), "gradients are kept"
         self.seen += len(images)
-        return self.answer(images, *sizes)
+        return self.answer(images, *sizes, **options)
 
 
 class Classifier(Fake):
@@ -35,7 +35,7 @@ class Classifier(Fake):
 
 
 class Segmenter(Fake):
-    def answer(self, images):
+    def answer(self, images, coarse):
         return torch.einsum("bchw,ck->bkhw", images, torch.linspace(-3, 3, 27).reshape(3, 9).sin())
 
 
@@ -78,7 +78,7 @@ def test_models_are_evaluated_in_evaluation_mode_and_get_their_mode_back(configu
 @pytest.mark.parametrize("training", [True, False])
 def test_models_get_their_mode_back_after_an_error(configuration, evaluation, model, training):
     model = model().train(training)
-    model.answer = lambda *inputs: 1 / 0
+    model.answer = lambda *inputs, **options: 1 / 0
     with pytest.raises(ZeroDivisionError):
         evaluation.evaluate(model, loaded(configuration, evaluation), CPU)
     assert model.training is model.dropout.training is training and torch.is_grad_enabled()
@@ -108,7 +108,8 @@ def test_scores_over_ranks_are_those_of_one(configuration, evaluation, model, wo
 def test_models_are_evaluated_under_autocast_as_asked(configuration, evaluation, model, amp, expected):
     model, seen = model(), []
     answer = model.answer
-    model.answer = lambda *inputs: seen.append(torch.is_autocast_enabled("cpu")) or answer(*inputs)
+    model.answer = lambda *inputs, **options: seen.append(torch.is_autocast_enabled("cpu")) or answer(
+        *inputs, **options)
     evaluation.evaluate(model, loaded(configuration, evaluation), CPU, amp)
     assert set(seen) == {expected}
 
@@ -144,14 +145,15 @@ def test_eval_scores_the_model_of_the_configuration_on_the_part_asked_for(config
 
 
 @each_task
-def test_eval_hands_on_what_was_asked_for(configuration, evaluation, model, monkeypatch):
+def test_eval_hands_on_what_was_asked_for(configuration, evaluation, model, monkeypatch, tmp_path):
+    there = str(tmp_path / "there")
     seen = []
     monkeypatch.setattr(evaluation, "evaluate", lambda *given: seen.append(given) or {"images": 2})
     monkeypatch.setattr(evaluation, "table", lambda *given: "")
     config = configuration(val_limit=2, amp="bf16", batch_size=7)
-    evaluate.run(config, None, None, dump="there")
+    evaluate.run(config, None, None, dump=there)
     (_, loader, device, amp, dump), = seen
-    assert (device, amp, dump) == (CPU, "bf16", "there") and len(loader.dataset) == 2
+    assert (device, amp, dump) == (CPU, "bf16", there) and len(loader.dataset) == 2
     assert loader.batch_size == (7 if evaluation is imagenet else None)
 
 

@@ -21,7 +21,7 @@ class Replacing(Dataset):
 
     def __init__(self, images, allowed):
         self.images, self.allowed = images, allowed
-        self.groups, self.notes = getattr(images, "groups", None), getattr(images, "notes", [])
+        self.groups = getattr(images, "groups", None)
 
     def __len__(self):
         return len(self.images)
@@ -56,7 +56,8 @@ class BadImages:
     """
 
     def __init__(self, loader, folder, rank):
-        self.loader, self.batch_sampler, self.allowed = loader, loader.batch_sampler, loader.dataset.allowed
+        self.loader, self.batch_sampler = loader, loader.batch_sampler
+        self.dataset, self.allowed = loader.dataset.images, loader.dataset.allowed
         self.file, self.writes = Path(folder) / "bad_images.txt", rank == 0
         text = self.file.read_text(encoding="utf-8") if self.writes and self.file.exists() else ""
         self.reasons = text.splitlines()  # of the part of the run before --resume

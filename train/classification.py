@@ -118,6 +118,13 @@ class AugmentedPhotographs(Dataset):
     def __len__(self):
         return len(self.images)
 
+    def name(self, index):
+        """The file of an image, for errors."""
+        images = self.images
+        if isinstance(images, Subset):
+            images, index = images.dataset, images.indices[index]
+        return images.samples[index][0]
+
     def __getitem__(self, key):
         epoch, index = key
         image, label = self.images[index]
