@@ -52,8 +52,8 @@ def test_ranks_share_what_they_met_and_rank_0_writes(photos, tmp_path):
     config = config_of(photos, workers=0)
     images, _, _ = classification.datasets(config)
 
-    def run(rank, allowed=10):
-        loader = BadImages(data.training_loader(Replacing(images, allowed), config, rank, 2), tmp_path, rank)
+    def run(rank):
+        loader = BadImages(data.training_loader(Replacing(images, 10), config, rank, 2), tmp_path, rank)
         for _ in loader:
             pass
         before = len(loader.reasons)
@@ -79,7 +79,7 @@ def test_more_than_allowed_end_the_run(photos, tmp_path):
     count = BadImages(loader, tmp_path, 0)
     count.note(["a", "b", "a"])
     count.note(["c", "b"])
-    assert BadImages(loader, tmp_path, 0).reasons == BadImages(loader, tmp_path, 0).reasons == ["a", "b", "c"]  # resumed
+    assert BadImages(loader, tmp_path, 0).reasons == ["a", "b", "c"]  # of a resumed run
     with pytest.raises(ValueError, match="4 training images could not be read; --bad-images allows 3. The last: d"):
         count.note(["d"])
 
