@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import Subset
+from torchvision.datasets import ImageFolder
 
 from train import augment, classification, loop, photographs, tokens
 from train.classification import token_cross_entropy
@@ -199,11 +201,12 @@ def test_an_image_has_the_map_of_its_class_and_name(tmp_path):
     (tmp_path / "maps" / "cat").mkdir(parents=True)
     for name in ("0", "1"):
         torch.save(torch.zeros(2, 1, 1, 1), tmp_path / "maps" / "cat" / f"{name}.pt")
-    tree = SimpleNamespace(classes=["cat"], samples=samples)
-    labels = tokens.TokenLabels(tmp_path / "maps", tree, SimpleNamespace(indices=[0, 1]))
+    tree = ImageFolder.__new__(ImageFolder)
+    tree.classes, tree.samples = ["cat"], samples
+    labels = tokens.TokenLabels(tmp_path / "maps", tree, Subset(tree, [0, 1]))
     assert [path.name for path in labels.paths] == ["0.pt", "1.pt"] and labels[1].shape == (2, 1, 1, 1)
     with pytest.raises(ValueError, match="0.jpg and .*0.png share one name"):
-        tokens.TokenLabels(tmp_path / "maps", tree, SimpleNamespace(indices=[0, 1, 2]))
+        tokens.TokenLabels(tmp_path / "maps", tree, tree)
 
 
 @pytest.fixture
