@@ -45,6 +45,8 @@ class Config:
     val_limit: int | None = key("data", None, "so many validation images, of all classes alike")
     exif: str = key("data", "apply", "where it is unclear whether annotations follow EXIF orientation: apply or ignore",
                     ("segmentation", "detection"))
+    masks: str = key("data", "required", "required: objects without a mask are refused; optional: they are boxes alone",
+                     "detection")
     out: str | None = key("data", None, "folder of the run; null: runs/MODEL-ATTN-DATA, numbered")
 
     epochs: int = key("schedule", 300, "passes over the training images")
@@ -291,6 +293,7 @@ def check(config):
     expect(config.cosine_from in ("warmup", "zero"), "cosine_from", "warmup or zero")
     expect(config.lr_per in ("step", "epoch"), "lr_per", "step or epoch")
     expect(config.select in ("best", "last"), "select", "best or last")
+    expect(config.masks in ("required", "optional"), "masks", "required or optional")
     expect(config.exif in ("apply", "ignore"), "exif", "apply or ignore")
     expect(config.decay in ("weights", "published"), "decay", "weights or published")
     expect(0 < config.milestones[0] <= config.milestones[1], "milestones", "two rising epochs, as 8,11")
