@@ -223,8 +223,8 @@ def refuse_twice(file, what, values):
     seen = set()
     twice = [value for value in values if value in seen or seen.add(value)]
     if twice:
-        raise ValueError(f"{file}: {len(twice)} times a {what} is there again: {str(twice[:5])[1:-1]}; expected each "
-                         "once")
+        raise ValueError(f"{file}: the same {what} more than once: {', '.join(map(repr, twice[:5]))} ({len(twice)} in "
+                         "all); expected each once")
 
 
 def _order(value):
