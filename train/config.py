@@ -47,6 +47,9 @@ class Config:
                     ("segmentation", "detection"))
     masks: str = key("data", "required", "required: objects without a mask are refused; optional: they are boxes alone",
                      "detection")
+    zero_label: str = key("data", "ignore", "label 0: ignore, it is unlabelled; class, it is the first class",
+                          "segmentation")
+    bad_images: int | None = key("data", None, "unreadable training images that a run bears; null: 0.1 %, at least 10")
     out: str | None = key("data", None, "folder of the run; null: runs/MODEL-ATTN-DATA, numbered")
 
     epochs: int = key("schedule", 300, "passes over the training images")
@@ -108,7 +111,7 @@ TYPES = typing.get_type_hints(Config)
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple: "two numbers, as 0.9,0.999",
          dict: "a YAML mapping, as '{embed_dim: 64}'", str: "a text"}
 # A resumed run may differ in these alone: they change neither the weights nor the images.
-FREE = ("data", "weights", "out", "val_limit", "device", "compile", "checkpointing", "workers")
+FREE = ("data", "weights", "out", "val_limit", "bad_images", "device", "compile", "checkpointing", "workers")
 
 
 def family_of(model):
@@ -295,6 +298,8 @@ def check(config):
     expect(config.select in ("best", "last"), "select", "best or last")
     expect(config.masks in ("required", "optional"), "masks", "required or optional")
     expect(config.exif in ("apply", "ignore"), "exif", "apply or ignore")
+    expect(config.zero_label in ("ignore", "class"), "zero_label", "ignore or class")
+    expect(config.bad_images is None or config.bad_images >= 0, "bad_images", "0 or more")
     expect(config.decay in ("weights", "published"), "decay", "weights or published")
     expect(0 < config.milestones[0] <= config.milestones[1], "milestones", "two rising epochs, as 8,11")
     expect(config.amp in ("auto", "bf16", "fp16", "none"), "amp", "auto, bf16, fp16 or none")

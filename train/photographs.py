@@ -1,7 +1,10 @@
 """Photographs and their pixels: reading, turning, resizing, normalising. What all tasks share."""
+import functools
 import math
+import os
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +15,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; what pu
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; Pillow's own limit
 TOO_LARGE = f"{{}} has more than {MAX_PIXELS / 1e6:.0f} megapixels and is not decoded; make it smaller"
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")  # Pillow's, converted
+NO_PIXELS = ("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5")  # what Pillow knows, but leaves to other programs
+PAUSES = (0.1, 1.0)  # seconds between the tries of a read
+ANSWERS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # of a disk that works
 LOOKED_AT = 2000  # photographs whose EXIF data is read before training
 
 # How a viewer turns what is stored, by EXIF orientation, and how that is undone.
@@ -55,6 +61,29 @@ def load_matching(path, height, width, exif, source):
     raise ValueError(f"{path} is {sizes} pixels high and wide{turned}; {source} says {height} x {width}")
 
 
+@functools.cache
+def suffixes():
+    """Endings of the files that Pillow decodes, in small letters: frozenset of ".jpg", ..."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items()
+                     if kind in Image.OPEN and kind not in NO_PIXELS)
+
+
+def visible_files(root):
+    """Paths of the files below `root`, at any depth, in the order of their names; a name that begins with a dot is
+    none, nor is what such a folder holds."""
+    found = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(found, key=lambda path: path.parts)
+
+
+def left_out(files):
+    """A note on files among photographs that are none, or none at all: a list."""
+    kinds = ", ".join(sorted({Path(file).suffix or Path(file).name for file in files})[:5])
+    return [f"left out: {len(files)} files that Pillow does not read ({kinds})"] if files else []
+
+
 def exif_notes(paths, exif):
     """Lines for a data set's notes on photographs whose EXIF orientation matters to annotations.
 
@@ -93,37 +122,50 @@ def _orientation(image):
 
 def _shown(path):
     """(photograph as RGB PIL image, as a viewer shows it; its EXIF orientation, 1 to 8)."""
-    image, orientation = _read(path)
+    image, orientation = read(path)
     is_tiff = image.format == "TIFF"  # Pillow has turned it
     image = _rgb(image, path)
     return image if is_tiff or orientation == 1 else image.transpose(TURNS[orientation]), orientation
 
 
-def _read(path):
-    """(decoded PIL image, its EXIF orientation)."""
-    for pause in (0.1, 1.0, None):
+def read(path):
+    """(PIL image as it is stored, its EXIF orientation, 1 to 8). Tries and raises as load_image says."""
+    try:
+        return trying(lambda: _decode(path))
+    except _Refused:
+        raise
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image at {path}") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{path} is a directory; expected a photograph") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(TOO_LARGE.format(path)) from None
+    except MemoryError:
+        raise ValueError(f"{path} does not fit into the memory that is left; make it smaller") from None
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} cannot be read as an image: it is damaged, or of a kind that Pillow does not know"
+                         ) from error
+    except Exception as error:  # Pillow raises whatever its decoders do
+        if _is_of_the_disk(error):
+            raise OSError(f"{path} could not be read: {error.strerror}") from error
+        raise ValueError(f"{path} cannot be read as an image: the file is damaged ({error}); replace or delete it"
+                         ) from error
+
+
+def trying(read):
+    """read(), again after a tenth of a second and after a second where a disk fails, as network disks do."""
+    for pause in PAUSES:
         try:
-            return _decode(path)
-        except _Refused:
-            raise
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no image at {path}") from None
-        except IsADirectoryError:
-            raise IsADirectoryError(f"{path} is a directory; expected a photograph") from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise ValueError(TOO_LARGE.format(path)) from None
-        except MemoryError:
-            raise ValueError(f"{path} does not fit into the memory that is left; make it smaller") from None
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{path} cannot be read as an image: it is damaged, or of a kind that Pillow does not "
-                             "know") from error
-        except Exception as error:  # Pillow raises whatever its decoders do
-            if not isinstance(error, OSError) or error.errno is None:
-                raise ValueError(f"{path} cannot be read as an image: the file is damaged ({error}); replace or delete "
-                                 "it") from error
-            if pause is None or isinstance(error, PermissionError):
-                raise OSError(f"{path} could not be read: {error.strerror}") from error
-            time.sleep(pause)
+            return read()
+        except OSError as error:
+            if not _is_of_the_disk(error) or isinstance(error, ANSWERS):
+                raise
+        time.sleep(pause)
+    return read()
+
+
+def _is_of_the_disk(error):
+    return isinstance(error, OSError) and error.errno is not None  # what Pillow raises for damage has none
 
 
 class _Refused(ValueError):
@@ -135,9 +177,8 @@ def _decode(path):
         image = Image.open(file)
         if image.width * image.height > MAX_PIXELS:
             raise _Refused(TOO_LARGE.format(path))
-        if image.format in ("EPS", "WMF"):
-            raise _Refused(f"{path} is a drawing ({image.format}), which another program would have to run; expected "
-                           "pixels")
+        if image.format in NO_PIXELS:
+            raise _Refused(f"{path} is of the kind {image.format}, which Pillow alone does not decode; expected pixels")
         orientation = _orientation(image) if image.format == "TIFF" else None  # decoding forgets it
         image.load()
         return image, orientation or _orientation(image)
