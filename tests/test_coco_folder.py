@@ -1,4 +1,5 @@
 """train/coco_folder.py and coco_json.py: what is read of COCO's files, and how what is wrong with them is said."""
+import copy
 import json
 import random
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as oracle
+from torch.utils.data import DataLoader
 
 from photographs import coco_folder
 from test_detection import changed
@@ -203,7 +205,8 @@ FIELDS = {
         "bbox": ["missing", None, [], [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, "4"], "1234", [1, 2, 3, float("nan")],
                  [float("-inf"), 2, 3, 4], [1e7, 2, 3, 4], [10 ** 400, 2, 3, 4]],
         "area": ["12", [], float("nan"), float("inf")],
-        "iscrowd": [None, "x", []], "ignore": ["x", None], "image_id": ["missing", None, {}], "category_id": ["missing", []],
+        "iscrowd": [None, "x", []], "ignore": ["x", None], "image_id": ["missing", None, {}],
+        "category_id": ["missing", []],
         "segmentation": [
             {"size": [60, 90], "counts": [3]}, {"size": [60, 90], "counts": "abc"}, {"size": [60, 90]},
             {"size": [60, 90], "counts": "a\u00e9"}, {"size": [60, 90], "counts": ""}, {"size": [60], "counts": [5400]},
@@ -284,6 +287,18 @@ def test_annotations_are_held_in_tensors_alone(photos):
     assert isinstance(training.indices, torch.Tensor) and isinstance(training.groups, torch.Tensor)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_share_the_annotations(photos, method):
+    training, _, _ = detection.datasets(Config(data=str(photos), img_size=32))
+    loader = DataLoader(training, None, sampler=[(0, i) for i in range(4)], num_workers=1,
+                        multiprocessing_context=method)
+    for sample, key in zip(loader, loader.sampler, strict=True):
+        assert all(np.array_equal(*pair) for pair in zip(sample, training[key], strict=True))
+    if method == "spawn":  # not pickled, but moved to shared memory
+        assert all(tensor.is_shared() for tensor in storages(training.folder) if len(tensor))
+
+
 # Damaged at random
 
 VALUES = [None, True, 0, -1, 1, 3, 1e300, -7.5, 10 ** 30, float("nan"), "", "x", "7", [], {}, [[]], [1], [1, 2, 3, 4],
@@ -303,15 +318,15 @@ def mutated(text, rng):
             node = node[key]
         action = rng.random()
         if action < 0.7:
-            node[key] = rng.choice(VALUES)
+            node[key] = copy.deepcopy(rng.choice(VALUES))
         elif action < 0.85:
             del node[key]
         elif isinstance(node, list):
-            node.insert(key, node[key])
+            node.insert(key, copy.deepcopy(node[key]))
     data = bytearray(json.dumps(content).encode())
     for _ in range(rng.choice([0, 0, 1, 2])):
         at = rng.randrange(len(data))
-        data[at:at + rng.choice([0, 1, 30])] = bytes(rng.choices(b'{}[],:"019-.eEtfn\\u\xff\x00 ', k=rng.choice([0, 1, 3])))
+        data[at:at + rng.choice([0, 1, 30])] = rng.choices(b'{}[],:"019-.eEtfn\\u\xff\x00 ', k=rng.choice([0, 1, 3]))
     return bytes(data)
 
 
@@ -322,8 +337,10 @@ def assert_read_or_refused(photos, count, seed):
     for _ in range(count):
         file.write_bytes(mutated(text, rng))
         try:
-            training = detection.AugmentedPhotographs(CocoFolder(photos, "train", rng.choice(["required", "optional"])),
-                                                      Config(img_size=32))
+            folder = CocoFolder(photos, "train", rng.choice(["required", "optional"]))
+            training = detection.AugmentedPhotographs(folder, Config(img_size=32))
+            shown = detection.Photographs(folder, 32)
+            assert [shown[i][3] for i in range(len(shown))] == [*range(len(folder))]
             for i in range(len(training)):
                 image, boxes, labels, masks, has_mask = training[0, i]
                 assert np.isfinite(boxes).all() and len(boxes) == len(labels) == len(masks) == len(has_mask)

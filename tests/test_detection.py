@@ -174,7 +174,8 @@ def test_scenes_have_the_boxes_and_masks_of_the_drawing():
 
 @pytest.mark.parametrize("change, found", [
     ({}, True), ({"bbox": [2, 3, 1, 1]}, True), ({"bbox": [2, 3, 0.9, 5]}, False), ({"bbox": [2, 3, 5, 0.9]}, False),
-    ({"area": 0}, False), ({"area": 1}, True), ({"iscrowd": 1}, False), ({"ignore": 1}, False), ({"bbox": [-5, 3, 5, 5]}, False),
+    ({"area": 0}, False), ({"area": 1}, True), ({"iscrowd": 1}, False), ({"ignore": 1}, False),
+    ({"bbox": [-5, 3, 5, 5]}, False),
     ({"bbox": [-5, 3, 6, 5]}, True), ({"bbox": [30, 3, 5, 5]}, False), ({"bbox": [29, 3, 5, 5]}, True),
     ({"bbox": [2, -5, 5, 5]}, False), ({"bbox": [2, 20, 5, 5]}, False), ({"bbox": [2, 19, 5, 5]}, True)])
 def test_crowds_and_what_is_out_of_the_image_or_below_a_pixel_are_not_trained_on(change, found):

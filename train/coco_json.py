@@ -9,11 +9,11 @@ from faster_coco_eval import mask as rle
 
 LISTS = ("images", "annotations", "categories")
 READ_AT_ONCE = 1 << 22  # characters of a file
-MAX_PIXELS = 1 << 31  # of an image record
+MAX_SIDE = 65535  # of an image, in pixels: the run-length library counts them in 32 bits
 SPACE = re.compile(r"[ \t\n\r]*")
 EXPECTED = {
     "id": "a text or a number", "image_id": "the id of an image", "category_id": "the id of a category",
-    "height": "a whole number of pixels", "width": "a whole number of pixels",
+    "height": f"a whole number of pixels, 1 to {MAX_SIDE}", "width": f"a whole number of pixels, 1 to {MAX_SIDE}",
     "file_name": "the name of a file", "name": "a text", "bbox": "four numbers: x, y, width, height",
     "area": "a number", "iscrowd": "0 or 1", "ignore": "0 or 1",
     "segmentation": "polygons [[x, y, x, y, x, y, ...], ...], or a run-length code whose counts fill its size"}
@@ -203,7 +203,8 @@ class Annotations:
             runs = np.array(counts)
         else:
             raise ValueError
-        if runs.min(initial=0) < 0 or sum(runs.tolist()) != height * width or not 0 < height * width <= MAX_PIXELS:
+        fits = 0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE and sum(runs.tolist()) == height * width
+        if not fits or runs.min() < 0:
             raise ValueError
         self.sizes.extend((height, width))
         self.codes.append(rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
@@ -248,7 +249,7 @@ def _is_id(value):
 
 
 def _is_length(value):
-    return type(value) in (int, float) and value == int(value) and 1 <= value <= MAX_PIXELS
+    return type(value) in (int, float) and value == int(value) and 1 <= value <= MAX_SIDE
 
 
 def _is_text(value):
