@@ -121,9 +121,12 @@ def scores(photographs, num_classes):
 
 
 def write_results(entries, category_ids, path):
-    """Detections as COCO's results JSON, under the data's own category ids."""
+    """Detections as COCO's results JSON, under the data's own category ids, without those of other classes, which a
+    model may have."""
     written = []
     for entry in entries:
+        if entry["category_id"] >= len(category_ids):
+            continue
         code = {**entry["segmentation"], "counts": entry["segmentation"]["counts"].decode()}
         written.append({**entry, "category_id": category_ids[entry["category_id"]], "segmentation": code})
     path = Path(path)
