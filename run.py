@@ -75,7 +75,8 @@ MISTAKES = (ValueError, OSError, FloatingPointError, OverflowError)  # what is r
 
 def main(argv):
     """Runs one command -> exit status: 0; 1 where a part could not be done, which is said, or after an error of the
-    program itself; 2 after a mistake of the user's or of the machine, said in one line; 130 after Ctrl-C."""
+    program itself; 2 after a mistake of the user's or of the machine, said in one line; 130 after Ctrl-C. Of a training
+    run that a signal stopped it is that of train/interruption.py."""
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show must not end what has been computed
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -93,8 +94,10 @@ def main(argv):
         print(f"error: {message_of(error)}", file=sys.stderr)
         return 2 if foreseen(error) else 1
     except KeyboardInterrupt:
-        print("stopped; `--resume` continues a training run from its last finished epoch", file=sys.stderr)
+        print("stopped; `--resume` continues a training run from its last checkpoint", file=sys.stderr)
         return 130
+    except SystemExit as stop:  # training, saved after a signal
+        return stop.code
     return status or 0
 
 

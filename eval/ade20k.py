@@ -9,9 +9,9 @@ from PIL import Image
 from eval import evaluating
 from models.upernet import resize_rows, source_rows
 from train import data, segmentation
+from train.ade_folder import IGNORED, named_classes
 from train.device import autocast
 from train.distributed import max_over_ranks, sum_over_ranks
-from train.segmentation import IGNORED
 
 METRICS = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}  # per cent
 DUMPS, MULTI_SCALE = "folder", True  # what `run.py eval` can be asked for
@@ -22,9 +22,17 @@ RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi-scale evaluation, as publ
 def dataset(config, classes, multi_scale=False):
     """(Dataset, names of the classes). classes: names of the checkpoint's classes, or None: those of the data.
 
-    multi_scale: every photograph at six scales, each mirrored, too.
+    multi_scale: every photograph at six scales, each mirrored, too. Raises ValueError where the checkpoint and the data
+    name other classes, or the same in another order. Where one of them has numbers for names, the other's hold.
     """
-    classes = classes or segmentation.class_names(config)
+    names = segmentation.Scenes.classes if config.data is None else named_classes(config.data)
+    numbers = [str(number) for number in range(1, len(classes or ()) + 1)]
+    if classes and names and list(classes) != names and (list(classes) != numbers or len(names) != len(classes)):
+        differing = [pair for pair in zip(classes, names) if pair[0] != pair[1]]
+        source = f"--data {config.data}" if config.data else "without --data, rendered scenes"
+        raise ValueError(f"{source}: {len(names)} classes, the checkpoint has {len(classes)}; expected the same names "
+                         f"in the same order. The first that differ (checkpoint, data): {differing[:3]}")
+    classes = names or classes or segmentation.class_names(config)
     ratios = RATIOS if multi_scale else (1.0,)
     return segmentation.validation_set(config, classes, ratios, flip=multi_scale), classes
 
@@ -55,9 +63,10 @@ def evaluate(model, loader, device, amp="none", dump=None):
             matrix = counted if matrix is None else matrix + counted
             images += 1
             if dump:
-                Path(dump).mkdir(parents=True, exist_ok=True)
+                path = Path(dump) / f"{name}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
                 label_map = (predicted + 1).to(torch.uint8).cpu().numpy()
-                Image.fromarray(label_map).save(Path(dump) / f"{name}.png")
+                Image.fromarray(label_map).save(path)
     seconds = max_over_ranks(time.perf_counter() - start, device)
     num_classes = max_over_ranks(0 if matrix is None else len(matrix), device)  # a rank may have had no photograph
     if matrix is None:

@@ -20,9 +20,12 @@ def dataset(config, classes):
     """(Dataset, names of the model's classes): the labels are classes of the model, whichever part of them the data
     has.
 
-    classes: names of the checkpoint's classes, or None.
+    classes: names of the checkpoint's classes, or None. Raises ValueError where they are not those of the data.
     """
     if config.data is None:
+        if classes is not None and list(classes) != classification.Scenes.classes:
+            raise ValueError(f"without --data a model is shown rendered scenes, whose classes this one does not have: "
+                             f"it has {len(classes)}, {list(classes[:5])}...; --data names a folder")
         return classification.Scenes.of(config, validation=True), classes or classification.Scenes.classes
     images = classification.validation_folder(config)
     indices, classes = class_indices(images.classes, classes, config.num_classes)

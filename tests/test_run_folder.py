@@ -6,8 +6,9 @@ import pytest
 import torch
 import yaml
 
+from train.checkpoint import PROGRESS, save_atomically
 from train.config import to_dict
-from train.run_folder import RunFolder, replace_atomically, save_atomically
+from train.run_folder import RunFolder, replace_atomically
 from train.runs import RUNS
 from training import rows, tiny, train
 
@@ -111,6 +112,6 @@ def test_what_a_run_leaves(tmp_path):
     folder = tmp_path / "run"
     train(tiny(out=str(folder), epochs=1))
     last, best = (torch.load(folder / name, weights_only=True) for name in ("last.pt", "best.pt"))
-    assert last.keys() - best.keys() == {"optimizer", "scaler"} and best.keys() <= last.keys()
+    assert last.keys() - best.keys() == {*PROGRESS} and best.keys() <= last.keys()
     logged = rows(folder)
     assert [row.get("step") for row in logged] == [0, 1, 2, None] and logged[-1]["epoch"] == 1

@@ -85,7 +85,7 @@ def test_views_of_a_panorama_are_four_times_as_long_as_wanted_high():
 
 
 @pytest.mark.parametrize("file, content, words", [
-    ("annotations/training/0.png", Image.new("L", (9, 9)), ["0.png", "(9, 9)", "(40, 50)"]),
+    ("annotations/training/0.png", Image.new("L", (9, 9)), ["0.jpg is 40 x 50", "0.png says 9 x 9"]),
     ("annotations/training/0.png", Image.new("RGB", (50, 40)), ["0.png", "one channel"]),
     ("annotations/training/0.png", Image.new("L", (50, 40), 4), ["0.png", "label 4", "to 3", "names file"]),
     ("annotations/training/0.png", b"junk", ["0.png", "cannot be read"]),

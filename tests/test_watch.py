@@ -115,6 +115,8 @@ def start(rank, world, port, folder, scenario):
     if scenario is other_code and rank == 2:
         torch.__version__ = "1.0"
     with watch.Watch(str) as job:
+        if scenario in (death_of_rank_0, rank_0_stopped):
+            time.sleep(0.5)  # until all have come
         job.timeout = (100 if scenario is works else 10) * watch.PERIOD / 60
         scenario(rank, job)
 

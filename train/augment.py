@@ -15,6 +15,7 @@ from train.photographs import MEAN, STD
 
 TO_FLOAT = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
 BICUBIC = InterpolationMode.BICUBIC
+WHOLE = 16  # the long side, in short ones, up to which an image is resized whole
 FILL = [round(255 * mean) for mean in MEAN]  # of what a geometric operation uncovers
 
 
@@ -71,7 +72,23 @@ def draw_filter(interpolation):
 
 def validation_transform(img_size, crop_pct):
     """PIL image -> (3, img_size, img_size) float32: the short side resized to img_size / crop_pct, then the centre."""
-    return v2.Compose([v2.Resize(math.floor(img_size / crop_pct), BICUBIC), v2.CenterCrop(img_size), *TO_FLOAT])
+    short = math.floor(img_size / crop_pct)
+
+    def resize(image):
+        W, H = image.size
+        if max(W, H) <= WHOLE * min(W, H):
+            return F.resize(image, short, BICUBIC)
+        # Of a strip only the centre is made, for all of it might not fit into memory.
+        long = int(short * max(W, H) / min(W, H))
+        kept = min(img_size, long)
+        start = round((long - kept) / 2)
+        first, last = (side * max(W, H) / long for side in (start, start + kept))
+        if W > H:
+            return image.resize((kept, short), Image.Resampling.BICUBIC, (first, 0, last, H))
+        image = image.resize((short, H), Image.Resampling.BICUBIC)  # rows first, as in the whole
+        return image.resize((short, kept), Image.Resampling.BICUBIC, (0, first, short, last))
+
+    return v2.Compose([resize, v2.CenterCrop(img_size), *TO_FLOAT])
 
 
 class RandAugment:

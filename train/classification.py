@@ -11,7 +11,7 @@ from models.precision import widened
 from train import data, scenes
 from train.augment import TrainingTransform, erase, mix, validation_transform
 from train.device import autocast
-from train.photographs import load_image, to_tensor
+from train.photographs import left_out, load_image, suffixes, to_tensor
 from train.tokens import TokenLabels, dense_targets, draw_swap
 
 
@@ -31,6 +31,7 @@ def datasets(config):
     train_images = balanced(train, config.limit)
     labels = TokenLabels(config.token_labels, train, train_images) if config.token_labels else None
     training = AugmentedPhotographs(train_images, TrainingTransform(config), config.seed, labels)
+    training.notes = train.notes
     return training, balanced(val, config.val_limit), train.classes
 
 
@@ -117,6 +118,13 @@ class AugmentedPhotographs(Dataset):
     def __len__(self):
         return len(self.images)
 
+    def name(self, index):
+        """The file of an image, for errors."""
+        images = self.images
+        if isinstance(images, Subset):
+            images, index = images.dataset, images.indices[index]
+        return images.samples[index][0]
+
     def __getitem__(self, key):
         epoch, index = key
         image, label = self.images[index]
@@ -126,10 +134,35 @@ class AugmentedPhotographs(Dataset):
         return image, label, self.token_labels[index], torch.tensor(matrix, dtype=torch.float32)
 
 
+class PhotographFolder(ImageFolder):
+    """torchvision's ImageFolder of what Pillow reads: a folder for each class, photographs in it at any depth. A name
+    that begins with a dot is neither. notes: see train.run_folder."""
+
+    def __init__(self, root, transform=None):
+        others, hidden, known = [], f"{os.sep}.", suffixes()
+
+        def is_photograph(path):
+            if hidden in path[len(root):]:
+                return False
+            if os.path.splitext(path)[1].lower() in known:
+                return True
+            others.append(path)
+            return False
+
+        super().__init__(root, transform, loader=load_image, is_valid_file=is_photograph)
+        self.notes = left_out(others)
+
+    def find_classes(self, directory):
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+        if not names:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return names, {name: label for label, name in enumerate(names)}
+
+
 def image_folder(root, transform=None):
-    """torchvision's ImageFolder, with errors that say what is wrong with `root` or with a file in it."""
+    """A PhotographFolder, with errors that say what is wrong with `root`."""
     try:
-        return ImageFolder(root, transform, loader=load_image)
+        return PhotographFolder(root, transform)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{root}: {error}. Expected one folder per class with images inside") from error
 
@@ -143,7 +176,9 @@ def balanced(images, limit):
     for index, label in enumerate(images.targets):
         turn[label] = turn.get(label, -1) + 1
         order.append((turn[label], label, index))
-    return Subset(images, sorted(index for _, _, index in sorted(order)[:limit]))
+    subset = Subset(images, sorted(index for _, _, index in sorted(order)[:limit]))
+    subset.notes = images.notes
+    return subset
 
 
 def _split(folder, *names):

@@ -43,6 +43,11 @@ class Config:
     data: str | None = key("data", None, "folder of the images; null: rendered scenes")
     limit: int | None = key("data", None, "so many training images, of all classes alike")
     val_limit: int | None = key("data", None, "so many validation images, of all classes alike")
+    exif: str = key("data", "apply", "where it is unclear whether annotations follow EXIF orientation: apply or ignore",
+                    ("segmentation", "detection"))
+    zero_label: str = key("data", "ignore", "label 0: ignore, it is unlabelled; class, it is the first class",
+                          "segmentation")
+    bad_images: int | None = key("data", None, "unreadable training images that a run bears; null: 0.1 %, at least 10")
     out: str | None = key("data", None, "folder of the run; null: runs/MODEL-ATTN-DATA, numbered")
 
     epochs: int = key("schedule", 300, "passes over the training images")
@@ -97,6 +102,7 @@ class Config:
     compile: bool = key("machine", False, "compile the model with torch.compile")
     checkpointing: bool = key("machine", False, "recompute blocks in backward: less memory, more time")
     workers: int | None = key("machine", None, "processes per rank that read images; null: up to 8")
+    save_minutes: float = key("machine", 15.0, "between two checkpoints; one more ends each epoch")
     timeout_minutes: float = key("machine", 10.0, "of several ranks: how long one may stand still until all end")
 
 
@@ -105,8 +111,8 @@ TYPES = typing.get_type_hints(Config)
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple: "two numbers, as 0.9,0.999",
          dict: "a YAML mapping, as '{embed_dim: 64}'", str: "a text"}
 # A resumed run may differ in these alone: they change neither the weights nor the images.
-FREE = ("data", "weights", "out", "val_limit", "device", "compile", "checkpointing", "workers",
-        "timeout_minutes")
+FREE = ("data", "weights", "out", "val_limit", "bad_images", "device", "compile", "checkpointing", "workers",
+        "save_minutes", "timeout_minutes")
 
 
 def family_of(model):
@@ -274,7 +280,7 @@ def check(config):
                  "val_limit", "max_steps"):
         expect(getattr(config, name) is None or getattr(config, name) > 0, name, "1 or more")
     for name in ("lr", "warmup_lr", "min_lr", "warmup_epochs", "cooldown_epochs", "weight_decay", "clip_grad",
-                 "mixup", "cutmix", "mix_token", "dense_weight", "auxiliary_weight", "randaugment_std"):
+                 "mixup", "cutmix", "mix_token", "dense_weight", "auxiliary_weight", "randaugment_std", "save_minutes"):
         expect(getattr(config, name) >= 0, name, "0 or more")
     for name in ("flip", "crop", "erasing", "label_smoothing"):
         expect(0 <= getattr(config, name) <= 1, name, "0 to 1")
@@ -293,6 +299,9 @@ def check(config):
     expect(config.cosine_from in ("warmup", "zero"), "cosine_from", "warmup or zero")
     expect(config.lr_per in ("step", "epoch"), "lr_per", "step or epoch")
     expect(config.select in ("best", "last"), "select", "best or last")
+    expect(config.exif in ("apply", "ignore"), "exif", "apply or ignore")
+    expect(config.zero_label in ("ignore", "class"), "zero_label", "ignore or class")
+    expect(config.bad_images is None or config.bad_images >= 0, "bad_images", "0 or more")
     expect(config.decay in ("weights", "published"), "decay", "weights or published")
     expect(0 < config.milestones[0] <= config.milestones[1], "milestones", "two rising epochs, as 8,11")
     expect(config.amp in ("auto", "bf16", "fp16", "none"), "amp", "auto, bf16, fp16 or none")

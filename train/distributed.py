@@ -45,10 +45,10 @@ def agree(config, training, validation, classes):
     """Ends the job when ranks differ in their configuration or data; they may have them at different places."""
     if watch.current:
         places = ("data", "weights", "token_labels", "out", "workers")
-        facts = {name: value for name, value in to_dict(config).items() if name not in places}
-        facts |= {"the number of training images": len(training), "of validation images": len(validation)}
-        facts |= {f"class {number}": str(name) for number, name in enumerate(classes)}
+        facts = {f"class {number}": str(name) for number, name in enumerate(classes)}
         facts |= inventory(config.data) if config.data else {}
+        facts |= {"the number of training images": len(training), "of validation images": len(validation)}
+        facts |= {name: value for name, value in to_dict(config).items() if name not in places}
         watch.current.agree("data", facts)
 
 
@@ -141,12 +141,6 @@ def sum_over_ranks(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-def mean_over_ranks(scalar):
-    """The mean of all ranks' scalar tensors, a float, the same on each."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    return float(sum_over_ranks(scalar)) / ranks
 
 
 def max_over_ranks(number, device):

@@ -1,24 +1,20 @@
-"""What a run leaves behind: config.yaml, log.jsonl, curves.png, last.pt to continue from and best.pt to use."""
+"""What a run leaves behind beside its checkpoints: config.yaml, log.jsonl, curves.png."""
 import contextlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
-import torch
 import yaml
 from matplotlib.figure import Figure
 
 from train.config import to_dict
-from train.distributed import from_rank_0, tensors_from_rank_0
+from train.distributed import from_rank_0
 from train.runs import find, has_checkpoint, make
 
 
 class RunFolder:
-    """The folder of one run. Rank 0 writes; on other ranks the writing methods do nothing.
-
-    A checkpoint is a dict of plain types and tensors, so that torch.load(weights_only=True) reads it: model, ema (or
-    None), config, classes, epoch (how many are finished) and history; last.pt also has optimizer and scaler.
-    """
+    """The folder of one run. Rank 0 writes; on other ranks the writing methods do nothing."""
 
     def __init__(self, path, writes, metrics, resumes=False):
         """path: None before make(). resumes: whether there is a checkpoint to continue from."""
@@ -50,58 +46,50 @@ class RunFolder:
         self.path = Path(from_rank_0(path))
         return ["nothing to resume yet: a new run"] if resume else []
 
-    def load(self, device):
-        """The checkpoint last.pt, which only rank 0 reads: its machine alone may have it. On the CPU; tensors travel by
-        way of `device`."""
-        checkpoint = None
-        if self.writes:
-            try:
-                checkpoint = torch.load(self.path / "last.pt", map_location="cpu", weights_only=True)
-            except Exception as error:  # damaged bytes make the unpickler raise anything
-                checkpoint = ValueError(f"--resume: {self.path / 'last.pt'} cannot be read ({error}); start a new run")
-        return tensors_from_rank_0(checkpoint, device)
-
-    def announce(self, config, notes, model, images, val_images, world, device, epoch):
-        """Prints what is about to happen, writes config.yaml, and drops what the log has beyond `epoch` epochs."""
+    def announce(self, config, notes, state, images, val_images, world, device):
+        """Prints what is about to happen, writes config.yaml, and drops what the log has beyond the steps and epochs of
+        `state`, a TrainingState, and files that were half written when the machine stopped."""
         text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=1000)
         replace_atomically(self.path / "config.yaml", lambda file: file.write(text.encode()))
-        self._truncate_log(epoch)
+        for file in self.path.glob("*.tmp"):
+            file.unlink()
+        kept = [row for row in read_log(self.path)
+                if (row["step"] < state.step if "step" in row else row["epoch"] <= state.epoch)]
+        replace_atomically(self.path / "log.jsonl",
+                           lambda file: file.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
         source = f"{config.data}" if config.data else "rendered scenes, because no --data was given"
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = sum(parameter.numel() for parameter in state.model.parameters())
         print(f"train {config.model}, attn {config.attn or 'default'}, {parameters:,} parameters, on {source}")
         print(f"  {images} training and {val_images} validation images of {config.num_classes} classes at "
               f"{config.img_size} px, {config.epochs} epochs in batches of {config.batch_size}, {world} x {device}")
         for note in notes:
             print("  " + note)
-        print(f"  {'continues after epoch ' + str(epoch) + ' in' if epoch else 'writes to'} {self.path}/")
+        done = f"continues after step {state.step:,}, in epoch {state.epoch + 1}, in"
+        print(f"  {done if state.step else 'writes to'} {self.path}/")
         print("configuration:\n" + "".join("  " + line + "\n" for line in text.splitlines()), flush=True)
 
-    def _truncate_log(self, epoch):
-        log = self.path / "log.jsonl"
-        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        kept = [row for row in rows if row["epoch"] < epoch or "step" not in row and row["epoch"] == epoch]
-        replace_atomically(log, lambda file: file.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
-
     def log(self, **row):
-        """One line of log.jsonl: a step (step, epoch from 0, loss, lr), or an epoch (epoch from 1, train_loss, val_loss
-        if the task has one, the metrics, images_per_s, memory in bytes)."""
+        """One line of log.jsonl.
+
+        A step: step, epoch from 0, loss, lr; saving_s, seconds, where checkpoints held it up. An epoch: epoch from 1,
+        train_loss, val_loss if the task has one, the metrics, images_per_s, memory in bytes.
+        """
         if self.writes:
             with naming(self.path / "log.jsonl"), open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def save(self, checkpoint, best):
-        if self.writes:
-            save_atomically(checkpoint, self.path / "last.pt")
-            if best:
-                weights = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "scaler")}
-                save_atomically(weights, self.path / "best.pt")
-            self.plot()
+    def sync_log(self):
+        """Puts the log on the disk."""
+        with naming(self.path / "log.jsonl"), open(self.path / "log.jsonl", "a") as file:
+            os.fsync(file.fileno())
 
     def plot(self):
         """curves.png: loss of every step and epoch, and the metrics, against epochs."""
-        rows = [json.loads(line) for line in (self.path / "log.jsonl").read_text().splitlines()]
+        if not self.writes:
+            return
+        rows = read_log(self.path)
         steps, epochs = [row for row in rows if "step" in row], [row for row in rows if "step" not in row]
-        per_epoch = len(steps) / len(epochs)
+        per_epoch = max(Counter(row["epoch"] for row in steps).values(), default=1)
         at = [row["epoch"] for row in epochs]
         figure = Figure(figsize=(10, 4), layout="constrained")
         losses, accuracy = figure.subplots(1, 2)
@@ -129,21 +117,10 @@ def notes_of(split, dataset):
     return [f"{split}: {note}" for note in getattr(dataset, "notes", ())]
 
 
-def save_atomically(state, path):
-    """torch.save that leaves either the old file or the whole new one, whenever the machine stops."""
-    def write(file):
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # it hides what the disk said behind an error of its own
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
-
-    replace_atomically(path, write)
-
-
-def replace_atomically(path, write):
+def replace_atomically(path, write, previous=None):
     """write(file) into a binary file that takes the place of `path` when it is whole and on the disk.
 
-    Raises OSError, naming `path`.
+    previous: where the old file goes. Raises OSError, naming `path`.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # beside it: a rename between disks is not atomic
@@ -152,9 +129,22 @@ def replace_atomically(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_log(folder):
+    """The rows of a run's log.jsonl, dicts; none where there is no log. Left out are lines that a machine which stopped
+    did not write to their end: halves, and NULs."""
+    path, rows = Path(folder) / "log.jsonl", []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) and "epoch" in row else []
+    return rows
 
 
 @contextlib.contextmanager

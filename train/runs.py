@@ -81,7 +81,8 @@ def find(config, resume):
         numbered = re.compile(re.escape(name_of(config)) + r"(-\d+)?")
         found = [path for path in RUNS.glob("*") if numbered.fullmatch(path.name) and has_checkpoint(path)
                  and _is_of(path, config)]
-        return str(max(found, key=lambda path: (path / "last.pt").stat().st_mtime)) if found else None
+        return str(max(found, key=lambda path: max(file.stat().st_mtime for file in checkpoints(path)))) \
+            if found else None
     path = Path(config.out if resume is True else resume)
     path = path.parent if path.is_file() else path
     if has_checkpoint(path):
@@ -93,8 +94,13 @@ def find(config, resume):
     raise FileNotFoundError(f"--resume {path}: no last.pt and no config.yaml there; expected the folder of a run")
 
 
+def checkpoints(path):
+    """The files in a run's folder that it may continue from, the newer one first: one may be missing or damaged."""
+    return [file for name in ("last.pt", "previous.pt") if (file := Path(path) / name).is_file()]
+
+
 def has_checkpoint(path):
-    return (Path(path) / "last.pt").is_file()
+    return bool(checkpoints(path))
 
 
 def _is_of(path, config):

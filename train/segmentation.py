@@ -2,23 +2,18 @@
 
 Augmentation and loss are those of the published configurations (mmsegmentation 0.11's for ADE20K).
 """
-import json
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from models.precision import widened
 from train import data, scenes
+from train.ade_folder import IGNORED, AdeFolder, named_classes
 from train.device import autocast
-from train.photographs import fit_size, load_image, resize, to_tensor
+from train.photographs import fit_size, resize, to_tensor
 
-IGNORED = 255
 ADE20K_CLASSES = 150
-SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def datasets(config):
@@ -75,92 +70,37 @@ class Scenes(data.Scenes):
         return ([(image, False)], labels, f"scene{key}") if self.validation else (image, labels)
 
 
-class AdeFolder(Dataset):
-    """ADE20K's layout: DIR/images/SPLIT/x.jpg beside DIR/annotations/SPLIT/x.png, 0 being unlabelled, 1 the first
-    class.
-
-    Samples: (RGB image (H, W, 3) uint8, labels (H, W) uint8 with 255 where they are ignored, name).
-    """
-
-    def __init__(self, folder, split, classes):
-        images, annotations = Path(folder) / "images" / split, Path(folder) / "annotations" / split
-        for path in (images, annotations):
-            if not path.is_dir():
-                raise FileNotFoundError(f"--data {folder}: no folder {path}; expected ADE20K's layout, images/ and "
-                                        "annotations/, each with training/ and validation/")
-        files = [path for path in sorted(images.iterdir()) if path.suffix.lower() in SUFFIXES]
-        if not files:
-            raise FileNotFoundError(f"--data {folder}: no {', '.join(SUFFIXES)} in {images}")
-        self.files = [(path, annotations / f"{path.stem}.png") for path in files]
-        missing = [str(label_map) for _, label_map in self.files if not label_map.exists()]
-        if missing:
-            raise FileNotFoundError(f"--data {folder}: {len(missing)} images have no label map; missing are "
-                                    f"{', '.join(missing[:5])}")
-        self.classes = classes
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        image, label_map = self.files[index]
-        pixels, labels = np.asarray(load_image(image)), read_label_map(label_map)
-        if labels.shape != pixels.shape[:2]:
-            raise ValueError(f"{label_map} is {labels.shape}; expected one channel of the image's size, "
-                             f"{pixels.shape[:2]}")
-        if labels.max(initial=0) > len(self.classes):
-            raise ValueError(f"{label_map} has label {labels.max()}; expected 0, unlabelled, to {len(self.classes)}. "
-                             "Other classes need a names file, classes.json or classes.txt, in the folder of the data")
-        return pixels, labels.astype(np.uint8) - np.uint8(1), image.stem  # 0 wraps around to 255
-
-
-def read_label_map(path):
-    """The numbers in a PNG, whether of a palette or grey values."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image)
-    except Exception as error:  # Pillow raises whatever its decoders do
-        raise ValueError(f"{path} cannot be read as a label map ({error}); replace or delete the file") from error
-
-
 def _photographs(config, split, classes, limit):
-    files = AdeFolder(config.data, split, classes)
-    return files if limit is None or limit >= len(files) else Subset(files, range(limit))
+    files = AdeFolder(config, split, classes)
+    if limit is None or limit >= len(files):
+        return files
+    first = Subset(files, range(limit))
+    first.notes = files.notes
+    return first
 
 
 def class_names(config):
-    """Names of the classes, in order of their labels: DIR/classes.json (a list), DIR/classes.txt (one a line), or
-    ADE20K's own file. Without any there are num_classes, else ADE20K's 150, called by their numbers.
+    """Names of the classes, in order of their labels: those of ade_folder.named_classes, else as many as num_classes
+    says, else ADE20K's 150, called by their numbers.
     """
     if config.data is None:
         return Scenes.classes
-    root = Path(config.data)
-    if not root.is_dir():
-        raise FileNotFoundError(f"--data {config.data}: no such folder; expected one with images/ and annotations/")
-    if (root / "classes.json").exists():
-        names = json.loads((root / "classes.json").read_text())
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{root / 'classes.json'} holds {type(names).__name__}; expected a list of names")
-    elif (root / "classes.txt").exists():
-        names = [line.strip() for line in (root / "classes.txt").read_text().splitlines() if line.strip()]
-    elif (root / "objectInfo150.txt").exists():  # tab-separated, a title, the name last
-        lines = (root / "objectInfo150.txt").read_text().splitlines()[1:]
-        names = [line.split("\t")[-1].strip() for line in lines]
-    else:
-        names = [str(number) for number in range(1, (config.num_classes or ADE20K_CLASSES) + 1)]
-    if not 0 < len(names) < IGNORED:
-        raise ValueError(f"{root} names {len(names)} classes; expected 1 to {IGNORED - 1}, as many as fit beside "
-                         "'unlabelled' into a PNG")
-    return names
+    names = named_classes(config.data)
+    return names or [str(number) for number in range(1, (config.num_classes or ADE20K_CLASSES) + 1)]
 
 
 class AugmentedPhotographs(Dataset):
     """Photographs and label maps for training, keys (epoch, index): ((3, size, size) float32, (size, size) int64)."""
 
     def __init__(self, photographs, config):
-        self.photographs, self.config = photographs, config
+        self.photographs, self.config, self.notes = photographs, config, photographs.notes
 
     def __len__(self):
         return len(self.photographs)
+
+    def name(self, index):
+        """The file of a photograph, for errors."""
+        return str(getattr(self.photographs, "dataset", self.photographs).files[index][0])  # a Subset has the first
 
     def __getitem__(self, key):
         epoch, index = key
@@ -262,6 +202,7 @@ class Views(Dataset):
 
     def __init__(self, photographs, size, ratios, flip):
         self.photographs, self.size, self.ratios, self.flip = photographs, size, ratios, flip
+        self.notes = photographs.notes
 
     def __len__(self):
         return len(self.photographs)

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from train.photographs import trying
+
 
 def draw_swap(rng, alpha, h, w):
     """The box of mix-token -> ((h, w) bool, share of tokens that stay with their image). rng: numpy Generator."""
@@ -73,11 +75,15 @@ class TokenLabels:
 
     def __init__(self, folder, tree, images):
         indices = getattr(images, "indices", range(len(tree)))
-        self.classes = len(tree.classes)
-        self.paths = []
+        self.classes, image_of = len(tree.classes), {}
         for index in indices:
-            image = Path(tree.samples[index][0])
-            self.paths.append(Path(folder) / image.parent.name / f"{image.stem}.pt")
+            image, label = tree.samples[index]
+            path = Path(folder) / tree.classes[label] / f"{Path(image).stem}.pt"
+            if path in image_of:
+                raise ValueError(f"token_labels: {image_of[path]} and {image} share one name, and so one label map; "
+                                 "rename or remove one of them")
+            image_of[path] = image
+        self.paths = list(image_of)
         there = {path for name in tree.classes for path in (Path(folder) / name).glob("*.pt")}
         missing = [str(path) for path in self.paths if path not in there]
         if missing:
@@ -88,12 +94,16 @@ class TokenLabels:
     def __getitem__(self, index):
         path = self.paths[index]
         try:
-            label_map = torch.load(path, map_location="cpu", weights_only=True).float()
+            label_map = trying(lambda: torch.load(path, map_location="cpu", weights_only=True)).float()
+        except OSError as error:
+            raise OSError(f"{path} could not be read: {error.strerror or error}") from error
         except Exception as error:  # damaged bytes make the unpickler raise anything
             raise ValueError(f"{path} cannot be read as a label map ({error}); replace the file") from error
         if label_map.ndim != 4 or label_map.shape[0] != 2:
             raise ValueError(f"{path} holds shape {tuple(label_map.shape)}; "
                              "expected (2, classes, rows, columns): scores, then class indices")
+        if not label_map.isfinite().all():
+            raise ValueError(f"{path} holds infinite scores or none (NaN); expected numbers")
         least, most = label_map[1].min(), label_map[1].max()
         if not (0 <= least and most < self.classes):
             raise ValueError(f"{path} names classes {least:g} to {most:g}; "

@@ -5,6 +5,7 @@ not matter what the main thread waits for. A rank that fails sends its reason; t
 that dies, and the network's keepalive that of a machine; one whose main thread stands at the same instruction for too
 long is asked, with all others, where it stands. Rank 0 chooses whom to name, prints it and tells all ranks to end.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -60,27 +61,35 @@ class Watch:
         self.look_at = time.monotonic()
 
     def __enter__(self):
+        """Raises ConnectionError when rank 0 cannot be reached."""
         global current
-        self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         self.selector = selectors.DefaultSelector()
         self.peers = {}  # rank -> socket: of rank 0 to all others, of the others to rank 0
-        own = [os.getpid(), os.environ.get("GROUP_RANK")]
-        if self.rank == 0:
-            self.token = secrets.token_hex()
-            dual = socket.has_dualstack_ipv6()
-            server = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET,
-                                          dualstack_ipv6=dual, backlog=self.world)
-            self.selector.register(server, selectors.EVENT_READ, self._accept)
-            self.store.set("watch", json.dumps([server.getsockname()[1], self.token, self.hosts[0], own]))
-        else:
-            port, token, self.hosts[0], self.processes[0] = json.loads(self.store.get("watch"))
-            self._connected(0, socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60), b"")
-            self._send(0, token=token, rank=self.rank, host=self.hosts[self.rank], process=own)
+        try:
+            self._meet()
+        except (OSError, RuntimeError) as error:
+            raise ConnectionError(f"rank {self.rank} of {self.world} on {self.hosts[self.rank]} cannot reach rank 0 at "
+                                  f"{os.environ.get('MASTER_ADDR')}: {str(error).splitlines()[0]}") from error
         current = self
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.thread.start()
         self.agree("software", {"torch": torch.__version__, "the project's code": _code()})
         return self
+
+    def _meet(self):
+        """Rank 0 says through torch's store where it listens; the others come."""
+        self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+        own = [os.getpid(), os.environ.get("GROUP_RANK")]
+        if self.rank:
+            port, token, self.hosts[0], self.processes[0] = json.loads(self.store.get("watch"))
+            self._connected(0, socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60), b"")
+            self._send(0, token=token, rank=self.rank, host=self.hosts[self.rank], process=own)
+            return
+        self.token, dual = secrets.token_hex(), socket.has_dualstack_ipv6()
+        server = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET,
+                                      dualstack_ipv6=dual, backlog=self.world)
+        self.selector.register(server, selectors.EVENT_READ, self._accept)
+        self.store.set("watch", json.dumps([server.getsockname()[1], self.token, self.hosts[0], own]))
 
     def __exit__(self, kind, error, trace):
         global current
@@ -173,7 +182,12 @@ class Watch:
         del self.peers[rank]
         if rank not in self.gone:
             died = "died: killed, out of memory or its machine lost; the log of that machine may say more"
-            self._failed(0, rank, died) if self.rank == 0 else self._end(rank, died)
+            if self.rank == 0:
+                self._failed(0, rank, died)
+            elif self.asked_at is not None:  # another one did not wait any longer, and killed it
+                self._without_rank_0()
+            else:
+                self._end(0, died)
 
     def _messages(self, rank, buffer):
         while b"\n" in buffer:
@@ -190,7 +204,8 @@ class Watch:
             self._end_with(*end, self.local_rank == 0)
         if left:
             self.gone.add(rank)
-        if where:
+        if where:  # rank 0 asks, so it lives, and will end all
+            self.asked_at = time.monotonic() + ANSWER
             self._send(0, stands=self._stands())
         if stands is not None:
             self._stopped(rank, stands)
@@ -272,8 +287,7 @@ class Watch:
                 self._stopped(0, self._stands())
         if self.asked_at is not None and time.monotonic() - self.asked_at > ANSWER:
             if self.rank:
-                self._kill(0)
-                self._end(0, f"does not answer, and rank {self.rank} {self._standing(self._stands())}")
+                self._without_rank_0()
             else:
                 self._blame()
 
@@ -287,6 +301,10 @@ class Watch:
                 self._send(peer, where=True)
         if self.answers.keys() >= {0, *self.peers}:
             self._blame()
+
+    def _without_rank_0(self):
+        self._kill(0)
+        self._end(0, f"does not answer, and rank {self.rank} {self._standing(self._stands())}")
 
     def _blame(self):
         silent = sorted({*self.peers} - self.answers.keys())
@@ -311,7 +329,8 @@ class Watch:
         """A rank of this machine that cannot end itself; those of others are left to their torchrun."""
         process, torchrun = self.processes[rank]
         if torchrun is not None and torchrun == os.environ.get("GROUP_RANK"):
-            os.kill(process, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
     def _stands(self):
         frames = _frames()
