@@ -12,6 +12,7 @@ from photographs import ade_folder, coco_folder, image_folder
 from run import main, message_of
 from train.config import Config, read_recipe, recipe_path, to_dict
 from train.run_folder import notes_of
+from train.runs import refuse_inputs
 from training import detector, over_ranks, segmenter, tiny
 
 CPU = torch.device("cpu")
@@ -285,6 +286,7 @@ def test_dumps_are_written_over_no_input(tmp_path, monkeypatch, kind, dump, said
         evaluate.check_dump(dump, kind, "data", "w.pt")
     assert said in message_of(caught.value)
     evaluate.check_dump("fresh/place", kind, "data", "w.pt")
+    refuse_inputs("--dump", "neither", "data", ["is there"])
     assert Path("fresh").exists() and Path("fresh/place").exists() == (kind == "folder")
 
 
