@@ -1,7 +1,6 @@
 """Whole commands, with words and files a little wrong: an answer or one line that says why not, never a traceback."""
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
