@@ -15,15 +15,26 @@
 
 `python run.py train MODEL --help` shows the options of a model; `--batch-size 64` overrides the recipe's batch_size.
 """
+import contextlib
 import difflib
 import os
 import re
 import sys
+import traceback
+from pathlib import Path
+
+from train import cores
+
+cores.settle_threads()  # before torch is imported
 
 
 def train(argv):
     from train.command_line import parse_train
-    options = parse_train(argv)  # before torch is imported: a mistake is answered at once
+    if several_ranks():
+        from train import watch
+        options = parse_train(argv, watch.current.from_rank_0)
+    else:
+        options = parse_train(argv)  # before torch is imported: a mistake is answered at once
     if options is None:  # it asked for help
         return
     config, resume, notes = options
@@ -40,7 +51,7 @@ def evaluate(argv):
 
 def predict(argv):
     from eval.predict import main
-    main(argv)
+    return main(argv)
 
 
 def info(argv):
@@ -59,49 +70,98 @@ def bench(argv):
 
 
 COMMANDS = {"train": train, "eval": evaluate, "predict": predict, "info": info, "compare": compare, "bench": bench}
+MISTAKES = (ValueError, OSError, FloatingPointError, OverflowError)  # what is raised for a user's or the machine's
 
 
 def main(argv):
-    """Runs one command -> exit status: 0, or 2 after a mistake of the user's or of the machine, said in one line, or
-    130 after Ctrl-C."""
+    """Runs one command -> exit status: 0; 1 where a part could not be done, which is said, or after an error of the
+    program itself; 2 after a mistake of the user's or of the machine, said in one line; 130 after Ctrl-C. Of a training
+    run that a signal stopped it is that of train/interruption.py."""
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show must not end what has been computed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        run(argv)
+        with ranks():
+            status = run(argv)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output wants no more of it, as `| head` does
         # What is still buffered must not fail at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, FloatingPointError, OverflowError) as error:
+    except Exception as error:
         if os.environ.get("ELSA_TRACEBACK"):
             raise
         print(f"error: {message_of(error)}", file=sys.stderr)
-        return 2
+        return 2 if foreseen(error) else 1
     except KeyboardInterrupt:
-        print("stopped; `--resume` continues a training run from its last finished epoch", file=sys.stderr)
+        print("stopped; `--resume` continues a training run from its last checkpoint", file=sys.stderr)
         return 130
-    return 0
+    except SystemExit as stop:  # training, saved after a signal
+        return stop.code
+    return status or 0
+
+
+def ranks():
+    """Under torchrun the context in which all ranks end together."""
+    if not several_ranks():
+        return contextlib.nullcontext()
+    from train.watch import Watch
+    return Watch(message_of)
+
+
+def several_ranks():
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def run(argv):
-    """Runs one command. Raises ValueError for one that there is not."""
+    """Runs one command -> exit status, None: 0. Raises ValueError for one that there is not."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(__doc__.strip())
-        return
+        return None
     if argv[0] not in COMMANDS:
         nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise ValueError(f"unknown command {argv[0]!r}{hint} There is: {', '.join(COMMANDS)}")
-    COMMANDS[argv[0]](argv[1:])
+    return COMMANDS[argv[0]](argv[1:])
 
 
 def message_of(error):
-    """One line for the user, without where in the code it happened."""
+    """One line for the user: what is wrong, without where in the code it was noticed; of an error that nobody foresaw,
+    which is the program's own, also its type and where it was raised."""
     text = str(error)
     if text.startswith("Caught "):  # from a worker of the data loader: its traceback, then the error
-        text = re.split(r"^\w+Error: ", text, flags=re.MULTILINE)[-1]
+        text = re.split(r"^\w+(?:Error|Exception): ", text, flags=re.MULTILINE)[-1]
+    text = text.strip()
+    if isinstance(error, ModuleNotFoundError):
+        return f"{text}; `pip install -r requirements.txt` installs what is needed"
+    if out_of_memory(error):
+        first = text.split("\n")[0] or "no memory is left"
+        return f"{first}. A smaller --batch-size or --img-size, or fewer --workers, need less memory"
     if isinstance(error, OSError) and error.strerror:  # "[Errno 28] No space left on device: 'runs/x/last.pt.tmp'"
-        text = f"{error.filename or 'the output cannot be written'}: {error.strerror}"
-    return text.strip()
+        return f"{error.filename or 'the output cannot be written'}: {error.strerror}"
+    if foreseen(error):
+        return text
+    first = (text.split("\n") or [""])[0]
+    return (f"unexpected {type(error).__name__}{place_of(error)}: {first}. Nobody foresaw this; it may be a fault of "
+            "the program. ELSA_TRACEBACK=1 before the command shows where it comes from")
+
+
+def foreseen(error):
+    """Whether it was raised for what a user can mend, and says so."""
+    return isinstance(error, (*MISTAKES, ModuleNotFoundError)) or out_of_memory(error)
+
+
+def out_of_memory(error):
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" \
+        or isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def place_of(error):
+    """" in FILE, line N" of the innermost of our own functions that the error came through, or nothing."""
+    root = Path(__file__).parent
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if root in Path(frame.filename).parents
+            and "site-packages" not in frame.filename]
+    return f" in {Path(ours[-1].filename).relative_to(root)}, line {ours[-1].lineno}" if ours else ""
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from eval import evaluating
+from models.upernet import resize_rows, source_rows
 from train import data, segmentation
 from train.ade_folder import IGNORED, named_classes
 from train.device import autocast
 from train.distributed import max_over_ranks, sum_over_ranks
 
 METRICS = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}  # per cent
-DUMPS = MULTI_SCALE = True  # what `run.py eval` can be asked for
+DUMPS, MULTI_SCALE = "folder", True  # what `run.py eval` can be asked for
+STRIP = 2 ** 23  # probabilities that are in memory at a time
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi-scale evaluation, as published
 
 
@@ -51,12 +53,14 @@ def evaluate(model, loader, device, amp="none", dump=None):
     with evaluating(model):
         for views, labels, name in loader:
             labels = labels.to(device)
-            probabilities = predict(model, views, labels.shape, device, amp)
-            num_classes, predicted = len(probabilities), probabilities.argmax(0)
+            predicted = torch.empty_like(labels)
+            for rows, probabilities in predict(model, views, labels.shape, device, amp):
+                num_classes, predicted[rows] = len(probabilities), probabilities.argmax(0)
+                log = probabilities.clamp_min(1e-12).log()[None]
+                of_pixels = F.nll_loss(log, labels[None, rows], ignore_index=IGNORED, reduction="none")
+                loss += float(of_pixels.double().sum())
             counted = confusion(labels, predicted, num_classes)
             matrix = counted if matrix is None else matrix + counted
-            log = probabilities.clamp_min(1e-12).log()[None]
-            loss += float(F.nll_loss(log, labels[None], ignore_index=IGNORED, reduction="sum"))
             images += 1
             if dump:
                 path = Path(dump) / f"{name}.png"
@@ -84,18 +88,29 @@ def table(result, classes):
 
 
 def predict(model, views, size, device="cpu", amp="none"):
-    """Mean over the views of the classes' probabilities -> (classes, H, W) float32.
+    """Mean over the views of the classes' probabilities, strip after strip of the photograph: yields (slice of its
+    rows, (classes, rows, W) float32). All at once they would take 600 MB a megapixel.
 
     views: [(image (3, h, w) float32, whether it is mirrored), ...]. size: (H, W) of the photograph. As published,
-    logits are resized to a view's size, which the model does, and then to the photograph's, before the softmax.
+    logits are resized to a view's size and then to the photograph's, before the softmax.
     """
-    total = 0
-    for image, mirrored in views:
+    H, W = size
+    coarse = []
+    for image, _ in views:
         with autocast(torch.device(device), amp):
-            logits = model(image[None].to(device, non_blocking=True))
-        probabilities = F.interpolate(logits.float(), tuple(size), mode="bilinear").softmax(1)[0]
-        total = total + (probabilities.flip(2) if mirrored else probabilities)
-    return total / len(views)
+            coarse.append(model(image[None].to(device, non_blocking=True), coarse=True))
+    step = max(1, STRIP // (coarse[0].shape[1] * W))
+    for top in range(0, H, step):
+        rows = slice(top, min(top + step, H))
+        total = 0
+        for (image, mirrored), logits in zip(views, coarse):
+            h, w = image.shape[1:]
+            upper, lower, _ = source_rows(h, H, rows.start, rows.stop)
+            first, last = int(upper[0]), int(lower[-1]) + 1
+            logits = resize_rows(logits, (h, w), first, last).float()
+            probabilities = resize_rows(logits, (H, W), rows.start, rows.stop, first, h).softmax(1)[0]
+            total = total + (probabilities.flip(2) if mirrored else probabilities)
+        yield rows, total / len(views)
 
 
 def confusion(labels, predicted, num_classes):

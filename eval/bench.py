@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
-import importlib.util
 import platform
 import re
 import statistics
@@ -17,7 +16,7 @@ import torch
 
 from eval import bench_report, providers
 from eval.providers import CHECKED, CHECKED_IMAGES, COMPILED, DTYPES, LEVELS, MODELS, cases, default_batch_size
-from kernels import tuning
+from kernels import backend, tuning
 from train.command_line import Parser
 
 MAX_RUN_TIME = 10.0  # seconds after which a row is repeated no more
@@ -28,6 +27,9 @@ MAX_RUN_TIME = 10.0  # seconds after which a row is repeated no more
 def main(argv):
     args, device, dtype, benchmarks = parse(argv)
     if args.compile_only:
+        if not backend.HAS_TRITON:
+            raise ValueError("--compile-only: triton, which compiles the kernels, is not installed; there are packages "
+                             "for Linux: `pip install triton`")
         from kernels import compile  # not above: it needs Triton
         return compile.main(args.arch, args.dtype or "bfloat16")
     if args.tune:
@@ -279,7 +281,7 @@ def environment(device):
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none",
+        "triton": importlib.metadata.version("triton") if backend.HAS_TRITON else "none",
     }
 
 

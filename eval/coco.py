@@ -17,7 +17,7 @@ from train.run_folder import replace_atomically
 
 METRICS = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP"}  # per cent
 UNKNOWN = {name: None for name in ("box", "mask", "classes", *METRICS)}  # scores of data without annotations
-DUMPS, MULTI_SCALE = True, False  # what `run.py eval` can be asked for
+DUMPS, MULTI_SCALE = "file", False  # what `run.py eval` can be asked for
 CLASSES = Path(__file__).with_name("coco_classes.txt")  # names of the 80 classes, in the order of published detectors
 # COCO's twelve numbers.
 SUMMARY = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large",
@@ -146,9 +146,12 @@ def as_crowd(annotation, height, width):
 
 
 def write_results(entries, dataset, path):
-    """Detections as COCO's results JSON, under the data's own ids of images and categories."""
+    """Detections as COCO's results JSON, under the data's own ids of images and categories, without those of other
+    classes, which a model may have."""
     written = []
     for entry in entries:
+        if entry["category_id"] >= len(dataset.category_ids):
+            continue
         code = {**entry["segmentation"], "counts": entry["segmentation"]["counts"].decode()}
         written.append({**entry, "image_id": dataset.image_id(entry["image_id"]),
                         "category_id": dataset.category_ids[entry["category_id"]], "segmentation": code})

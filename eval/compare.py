@@ -18,6 +18,7 @@ from models.info import info
 from train.command_line import Parser
 from train.config import KEYS, family_of, model_overrides, recipe_path, resolve, to_dict
 from train.run_folder import replace_atomically
+from train.runs import refuse_inputs
 
 ENTRY_POINT = Path(__file__).parents[1] / "run.py"
 
@@ -29,7 +30,7 @@ def main(argv):
     parser.add_argument("--attn", default="window,dwconv,ddf,neighborhood,elsa",
                         help="kinds of attention, with commas between them")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind, with seeds 0, 1, ...")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="any options of `run.py train`, the same for all runs")
     parser.add_argument("--recipe", default=None, help="as for `run.py train`")
     parser.add_argument("--out", default=None,
@@ -53,6 +54,7 @@ def main(argv):
     config, _ = resolve(options, recipe)
     data = Path(config.data).resolve().name if config.data else "scenes"
     folder = Path(out or f"runs/compare-{config.model}-{data}")
+    refuse_inputs("--out", folder, config.data)
     return Comparison(config, attns, seeds, folder, options, recipe, "run.py compare " + shlex.join(argv)).run()
 
 
@@ -135,7 +137,7 @@ class Comparison:
         result = {"command": self.command, "date": date.today().isoformat(), "device": device,
                   "torch": torch.__version__, "metric": self.metric_name, "rows": rows, "config": to_dict(self.config)}
         for name, text in (("results.json", json.dumps(result, indent=1)), ("table.md", self.table(result))):
-            replace_atomically(self.folder / name, lambda file: file.write(text.encode()))
+            replace_atomically(self.folder / name, lambda file: file.write(text.encode(errors="backslashreplace")))
         self.plot(rows)
         return result
 

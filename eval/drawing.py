@@ -1,8 +1,33 @@
 """Drawing what a model sees into a photograph: label maps, boxes and masks, legends."""
 import colorsys
+import unicodedata
+from functools import cache
+from pathlib import Path
 
+import matplotlib
 import numpy as np
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
+
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+LINE = 20  # pixels from a line of text to the next
+WIDTH, HEIGHT = 256, 4096  # small photographs are enlarged to this width, but not beyond this height
+
+
+@cache
+def font():
+    return ImageFont.truetype(str(FONT), 13)
+
+
+@cache
+def glyphs():
+    return FT2Font(str(FONT))
+
+
+def writable(text):
+    """The text in one line, with what the font does not have as its number, U+4E2D."""
+    return "".join(letter if letter.isprintable() and glyphs().get_char_index(ord(letter)) else f"U+{ord(letter):04X}"
+                   for letter in unicodedata.normalize("NFC", text))
 
 
 def colour(i):
@@ -13,12 +38,13 @@ def colour(i):
 
 def draw_label_map(pixels, label_map, num_classes):
     """The image under the colours of its classes. pixels: (H, W, 3) uint8, label_map: (H, W) class indices."""
-    palette = np.array([colour(i) for i in range(num_classes)])
-    return Image.fromarray((0.45 * pixels + 0.55 * palette[label_map]).astype(np.uint8))
+    palette = np.array([colour(i) for i in range(num_classes)], np.uint8)
+    return Image.blend(Image.fromarray(pixels), Image.fromarray(palette[label_map]), 0.55)
 
 
 def draw_objects(pixels, objects, masks):
-    """The image, at least 256 pixels wide, with the masks, boxes and names of objects, the first on top.
+    """The image, small ones enlarged, with the masks, boxes and names of objects, the first on top. Names that do not
+    fit into it stand beside it.
 
     pixels: (H, W, 3) uint8. objects: dicts with class, score and box (x0, y0, x1, y1 in pixels). masks: a (H, W) bool
     array each.
@@ -27,35 +53,43 @@ def draw_objects(pixels, objects, masks):
     for i in reversed(range(len(objects))):
         painted[masks[i]] = 0.5 * painted[masks[i]] + 0.5 * np.array(colour(i))
     canvas = Image.fromarray(painted.astype(np.uint8))
-    scale = max(1, -(-256 // canvas.width))
+    scale = enlargement(canvas)
     canvas = canvas.resize((canvas.width * scale, canvas.height * scale), Image.NEAREST)
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+    texts = [writable(f"{entry['class']} {100 * entry['score']:.0f}%") for entry in objects]
+    widths = [font().getlength(text) + 4 for text in texts]
+    inside = canvas.height >= LINE and max(widths, default=0) <= canvas.width
+    draw = ImageDraw.Draw(canvas)
     for i in reversed(range(len(objects))):
         x0, y0, x1, y1 = (scale * side for side in objects[i]["box"])
         draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour(i), width=2)
-        text = f"{objects[i]['class']} {100 * objects[i]['score']:.0f}%"
-        width = font.getlength(text) + 4
-        left, top = max(0, min(x0, canvas.width - width)), max(0, y0 - 18)
-        draw.rectangle((left, top, left + width, top + 18), fill=colour(i))
-        draw.text((left + 2, top), text, fill="black", font=font)
-    return canvas
+        if inside:
+            left, top = max(0, min(x0, canvas.width - widths[i])), max(0, y0 - 18)
+            top = min(top, canvas.height - 18)
+            draw.rectangle((left, top, left + widths[i], top + 18), fill=colour(i))
+            draw.text((left + 2, top + 1), texts[i], fill="black", font=font())
+    return canvas if inside else with_legend(canvas, [(colour(i), text) for i, text in enumerate(texts)])
 
 
 def with_legend(image, lines):
-    """The image, at least 256 pixels wide, with a strip to its right.
+    """The image, small ones enlarged, with a strip to its right.
 
     lines: [(colour or None, text)], a text a line, after a square of its colour if it has one.
     """
-    if image.width < 256:
-        image = image.resize((256, round(256 * image.height / image.width)), Image.NEAREST)
-    font = ImageFont.load_default(14)
-    width = 36 + max(int(font.getlength(text)) for _, text in lines)
-    canvas = Image.new("RGB", (image.width + width, max(image.height, 20 * len(lines) + 8)), "white")
+    scale = enlargement(image)
+    image = image.resize((image.width * scale, image.height * scale), Image.NEAREST)
+    lines = [(fill, writable(text)) for fill, text in lines]
+    width = 36 + max((int(font().getlength(text)) for _, text in lines), default=0)
+    canvas = Image.new("RGB", (image.width + width, max(image.height, LINE * len(lines) + 8)), "white")
     canvas.paste(image, (0, 0))
     draw = ImageDraw.Draw(canvas)
     for i, (fill, text) in enumerate(lines):
-        top = 4 + 20 * i
+        top = 4 + LINE * i
         if fill:
             draw.rectangle((image.width + 8, top + 2, image.width + 22, top + 16), fill=fill, outline="black")
-        draw.text((image.width + (28 if fill else 8), top), text, fill="black", font=font)
+        draw.text((image.width + (28 if fill else 8), top + 1), text, fill="black", font=font())
     return canvas
+
+
+def enlargement(image):
+    """The whole number by which a small image is enlarged: to WIDTH, but for what would be higher than HEIGHT."""
+    return max(1, min(-(-WIDTH // image.width), HEIGHT // image.height))

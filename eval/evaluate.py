@@ -1,10 +1,14 @@
 """`run.py eval`: one model on one data set, its scores printed."""
 import math
+import tempfile
+from pathlib import Path
 
 from eval.options import load_model, make_parser, settle
 from eval.tasks import TASKS, task_of
 from train.data import num_workers
 from train.distributed import join_ranks, leave_ranks
+from train.run_folder import naming, notes_of
+from train.runs import refuse_inputs
 
 
 def main(argv):
@@ -34,24 +38,57 @@ def run(config, weights, classes, multi_scale=False, dump=None):
     """
     rank, world, device = join_ranks(config.device)
     try:
-        evaluation = task_of(config.model).evaluation
+        task = task_of(config.model)
+        evaluation, named = task.evaluation, classes
         dataset, classes = evaluation.dataset(config, classes, **({"multi_scale": True} if multi_scale else {}))
+        check_classes(config.num_classes, classes, named, weights)
         config.num_classes = config.num_classes or len(classes)
-        if config.num_classes < len(classes):
-            raise ValueError(f"num_classes = {config.num_classes}, but the data has {len(classes)}; "
-                             "expected at least as many")
+        if dump:
+            check_dump(dump, evaluation.DUMPS, config.data, weights)
         model = load_model(config, weights).to(device)
         loader = evaluation.loader(dataset, math.ceil(config.batch_size / world), rank, world, num_workers(config))
         if rank == 0:
-            size = "at" if task_of(config.model).model == "classifier" else "short side"
+            size = "at" if task.model == "classifier" else "short side"
             views = ", 6 scales, each mirrored too" if multi_scale else ""
             print(f"eval {config.model}, attn {config.attn or 'default'}, "
                   f"{weights or 'UNTRAINED: no --weights were given'}\n  {len(dataset)} images of "
                   f"{config.data or 'held-out rendered scenes'}, {size} {config.img_size} px{views}, "
                   f"{config.num_classes} classes, {world} x {device}", flush=True)
+            for note in notes_of("validation", dataset):
+                print("  " + note, flush=True)
         result = evaluation.evaluate(model, loader, device, config.amp, dump)
         if rank == 0:
             print(evaluation.table(result, classes))
         return result
     finally:
         leave_ranks()
+
+
+def check_classes(num_classes, classes, named, weights):
+    """Raises ValueError when a model has other classes than the data.
+
+    num_classes: as configured, or None. classes: names of the data's, or of the model's where it knows them. named: the
+    names in the checkpoint, or None. A model may have more than it names: then it was trained so.
+    """
+    if num_classes is not None and num_classes < len(classes):
+        raise ValueError(f"num_classes = {num_classes}, but the data has {len(classes)}; expected at least as many")
+    if weights and named is None and num_classes not in (None, len(classes)):
+        raise ValueError(f"num_classes = {num_classes}, but the data has {len(classes)}, and {weights} does not say "
+                         "which are which; expected as many")
+
+
+def check_dump(dump, kind, data, weights):
+    """Makes the folder of --dump. Raises ValueError or OSError where it would write over an input, or cannot write.
+
+    kind: "folder" or "file", which it is for this task.
+    """
+    refuse_inputs("--dump", dump, data, [weights])
+    path = Path(dump)
+    if kind == "folder" and path.exists() and not path.is_dir():
+        raise ValueError(f"--dump {path} is a file; expected a folder for the predictions")
+    if kind == "file" and path.is_dir():
+        raise ValueError(f"--dump {path} is a folder; expected a file, as {path / 'found.json'}")
+    folder = path if kind == "folder" else path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder), tempfile.TemporaryFile(dir=folder):
+        pass

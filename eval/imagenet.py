@@ -11,7 +11,7 @@ from train.device import autocast
 from train.distributed import max_over_ranks, sum_over_ranks
 
 METRICS = {"top1": "top-1", "top5": "top-5"}  # per cent; by the first, the best epoch is chosen
-DUMPS = MULTI_SCALE = False  # what `run.py eval` can be asked for
+DUMPS, MULTI_SCALE = None, False  # what `run.py eval` can be asked for
 # class index -> WordNet id, which is the name of ImageNet's folders
 WNIDS = Path(__file__).with_name("imagenet_wnids.txt")
 

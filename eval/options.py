@@ -1,5 +1,7 @@
 """Options of `run.py eval` and `run.py predict`: the command line over the checkpoint's configuration."""
 import argparse
+import os
+from pathlib import Path
 
 import torch
 
@@ -33,13 +35,25 @@ def settle(options, weights, photographs=False):
     """Options over what the checkpoint was trained with over defaults -> (Config, names of its classes or None).
 
     photographs: the model will see some, even without `data`: what is not known is then as in the recipe for them, not
-    for the scenes.
+    for the scenes. Else a model without --data sees what it was trained on: its folder, or the scenes. Raises
+    ValueError or FileNotFoundError where that cannot be.
     """
+    if options["model"] and Path(options["model"]).is_file():
+        raise ValueError(f"{options['model']} is a file, where the name of a model was expected; weights are named "
+                         "with --weights")
     saved, classes = checkpoint_facts(weights) if weights else ({}, None)
     if options["model"] and saved and options["model"] != saved["model"]:
         raise ValueError(f"{weights} was trained as {saved['model']}, not as {options['model']}; "
                          "name that model or none")
     options["model"] = options["model"] or saved.get("model", "swin_t")
+    if weights and not photographs and options.get("data") is None:
+        if not saved:
+            raise ValueError(f"{weights} is no checkpoint of this project, which would say what it was trained on; "
+                             "name the photographs with --data. Rendered scenes are for models trained on them")
+        options["data"] = saved.get("data") and os.fsdecode(os.fsencode(configuration.cast("data", saved["data"])))
+        if options["data"] is not None and not Path(options["data"]).is_dir():
+            raise FileNotFoundError(f"{weights} was trained on {options['data']}, which is not here; "
+                                    "name its folder with --data")
     if not saved:  # the scenes have a size of their own, and so have the photographs of each model's recipe
         recipe = configuration.recipe_path(options["model"], photographs or options.get("data"),
                                             attn=options.get("attn"))
@@ -48,6 +62,9 @@ def settle(options, weights, photographs=False):
     for name, value in [(name, saved[name]) for name in TRAINED if name in saved] + list(options.items()):
         setattr(config, name, configuration.cast(name, value))
     configuration.check(config)
+    if classes is not None and len(classes) > (config.num_classes or len(classes)):
+        raise ValueError(f"{weights} names {len(classes)} classes, and --num-classes is {config.num_classes}; "
+                         "expected at least as many")
     return config, classes
 
 
@@ -60,10 +77,16 @@ def load_model(config, weights):
 
 def checkpoint_facts(path):
     """(configuration, class names) inside a checkpoint of train.loop; ({}, None) for any other file, which load_weights
-    judges."""
+    judges. Raises FileNotFoundError where there is none."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"--weights: no checkpoint at {path}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"--weights: {path} is a folder; expected a file, as {Path(path) / 'best.pt'}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return dict(checkpoint["config"]), list(checkpoint["classes"])
+        with torch.serialization.safe_globals([argparse.Namespace]):  # torch maps no file whose name is not UTF-8
+            checkpoint = torch.load(path, map_location="cpu", mmap=str(path).isascii(), weights_only=True)
+        saved, classes = dict(checkpoint["config"]), list(checkpoint["classes"])
     except Exception:
         return {}, None
+    ours = isinstance(saved.get("model"), str) and all(isinstance(name, str) for name in classes)
+    return (saved, classes) if ours else ({}, None)

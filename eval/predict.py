@@ -1,5 +1,10 @@
 """`run.py predict`: what a model sees in photographs, drawn into them, with a JSON file beside each."""
+import difflib
+import glob
 import json
+import os
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,35 +13,53 @@ import torch
 from eval import ade20k, coco, imagenet
 from eval.drawing import colour, draw_label_map, draw_objects, with_legend
 from eval.options import load_model, make_parser, settle
+from eval.tasks import TASKS
+from models import list_models
 from train import detection, segmentation
 from train.augment import validation_transform
 from train.config import task_of
 from train.device import autocast
 from train.distributed import join_ranks
-from train.photographs import load_image
+from train.photographs import load_image, suffixes, visible_files
 from train.run_folder import replace_atomically
+from train.runs import refuse_inputs
 
 DRAWN = 0.3  # score from which on a detection is drawn
 
 
 def main(argv):
+    """-> exit status: 0, or 1 where photographs could not be read; these are named at the end."""
     given, weights, images, out = parse(argv)
     config, classes = settle(given, weights, photographs=True)
     task = task_of(config.model)
     predict = {"classification": classify, "segmentation": segment, "detection": detect}[task]
-    if classes is None and config.data and task != "classification":
-        classes = segmentation.class_names(config) if predict is segment else detection.validation_set(config)[1]
+    if config.data:
+        classes = TASKS[task].evaluation.dataset(config, classes)[1]
+    refuse_inputs("--out", out, config.data)
+    places = results_of(images, out)
     _, _, device = join_ranks(config.device)
     config.num_classes = config.num_classes or (len(classes) if classes else None)
     model = load_model(config, weights).to(device).eval()
     classes = classes or published_classes(task, config.num_classes)
+    classes = [*classes, *map(str, range(len(classes), config.num_classes or 0))]  # a model may have more than it names
     out.mkdir(parents=True, exist_ok=True)
-    for path in images:
-        drawn, found = predict(model, load_image(path), classes, config, device)
+    failed = []
+    for number, (path, place) in enumerate(zip(images, places), 1):
+        try:
+            photograph = load_image(path)
+        except (ValueError, OSError) as error:
+            failed.append(str(error))
+            print(f"{number}/{len(images)}  {path}: NOT READ", flush=True)
+            continue
+        drawn, found = predict(model, photograph, classes, config, device)
         content = json.dumps({"image": str(path), "model": config.model, **found}, indent=1) + "\n"
-        replace_atomically(out / f"{path.stem}.png", lambda file: drawn.save(file, format="png"))
-        replace_atomically(out / f"{path.stem}.json", lambda file: file.write(content.encode()))
-        print(f"{path} -> {out / path.stem}.png, .json  {summary(found)}", flush=True)
+        replace_atomically(f"{place}.png", lambda file: drawn.save(file, format="png"))
+        replace_atomically(f"{place}.json", lambda file: file.write(content.encode()))
+        print(f"{number}/{len(images)}  {path} -> {place}.png, .json  {summary(found)}", flush=True)
+    if failed:
+        print(f"{len(failed)} of {len(images)} photographs could not be read:\n  " + "\n  ".join(failed),
+              file=sys.stderr)
+    return 1 if failed else 0
 
 
 def published_classes(task, num_classes):
@@ -53,18 +76,74 @@ def parse(argv):
     parser.add_argument("--out", default="runs/predict", help="folder for the drawn images and the JSON files")
     given = vars(parser.parse(argv))
     weights, words, out = given.pop("weights"), given.pop("words"), Path(given.pop("out"))
-    given["model"] = words.pop(0) if words and not Path(words[0]).suffix else None
-    images = [Path(word) for word in dict.fromkeys(words)]
-    if not images:
-        raise ValueError("predict needs images: name their files, after the model if you name one")
+    given["model"] = words.pop(0) if words and words[0] in list_models() else None
+    if not words:
+        raise ValueError("predict needs images: name files or folders, after the model if you name one")
     if not weights:
         raise ValueError("predict needs --weights: an untrained model sees nothing")
-    stems = [image.stem for image in images]
-    same = sorted({stem for stem in stems if stems.count(stem) > 1})
-    if same:
-        raise ValueError(f"several images are called {', '.join(same)}, and the results take their names; "
-                         "predict them one after the other")
-    return given, weights, images, out
+    images = [image for number, word in enumerate(words) for image in photographs(word, number == 0)]
+    return given, weights, list(dict.fromkeys(images)), out
+
+
+def photographs(word, first=False):
+    """[Path, ...] of what a word names: a file, a folder, of which it is all photographs at any depth, or a pattern.
+
+    first: it might have been meant as a model. Raises ValueError or FileNotFoundError where there is none.
+    """
+    path = Path(word)
+    if path.is_dir():
+        found = [file for file in visible_files(path) if file.suffix.lower() in suffixes()]
+        if not found:
+            raise FileNotFoundError(f"no photographs in {word}: no file there ends as images do, in .jpg or .png, say")
+        return found
+    if path.exists():
+        return [path]
+    found = [Path(name) for name in sorted(glob.glob(word, recursive=True)) if Path(name).is_file()]
+    if found:
+        return found
+    near = difflib.get_close_matches(word, list_models(), n=1) if first else ()
+    raise FileNotFoundError(f"no image at {word}" + (f"; did you mean the model {near[0]}?" if near else ""))
+
+
+def results_of(images, out):
+    """[where the results of an image go, without .png and .json, ...]: OUT/<stem>; where that is another image's, of
+    this or of an earlier run, with its suffix or with its folders.
+
+    Raises ValueError where a result would take the place of something that predict did not write.
+    """
+    for folder in {path.parent for path in images}:
+        if out.is_dir() and out.samefile(folder):
+            raise ValueError(f"--out {out} holds photographs that are to be predicted, and results may take their "
+                             "places or be taken for some; name another folder")
+    names = [path.stem for path in images]
+    typed = lambda path: "-".join(part for part in path.parts if part not in (path.anchor, ".."))
+    for longer in (lambda path: path.name, typed, lambda path: typed(path.resolve())):
+        times = Counter(name.casefold() for name in names)
+        names = [longer(path) if times[name.casefold()] > 1 or of_another(out / name, path) else name
+                 for name, path in zip(names, images)]
+    for name in names:
+        png, text = out / f"{name}.png", out / f"{name}.json"
+        if (png.exists() or text.exists()) and predicted(text) is None:
+            raise ValueError(f"--out {out} holds {name}.png or {name}.json, which predict did not write; nothing is "
+                             "written over it, name another folder")
+    return [out / name for name in names]
+
+
+def of_another(place, image):
+    earlier = predicted(place.with_name(f"{place.name}.json"))
+    if earlier is not None and os.path.exists(earlier):
+        return not image.samefile(earlier)
+    return earlier not in (None, str(image))
+
+
+def predicted(path):
+    """The image whose results a JSON file holds, or None where predict did not write it, or there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    ours = isinstance(content, dict) and "model" in content and content.keys() & {"top5", "classes", "objects"}
+    return content["image"] if ours and isinstance(content.get("image"), str) else None
 
 
 @torch.no_grad()
@@ -88,8 +167,9 @@ def segment(model, image, classes, config, device):
     """
     pixels = np.asarray(image)
     views = segmentation.views(pixels, config.img_size)
-    probabilities = ade20k.predict(model, views, pixels.shape[:2], device, config.amp)
-    label_map = probabilities.argmax(0).cpu().numpy()
+    label_map = np.empty(pixels.shape[:2], np.int64)
+    for rows, probabilities in ade20k.predict(model, views, label_map.shape, device, config.amp):
+        label_map[rows] = probabilities.argmax(0).cpu().numpy()
     shares = np.bincount(label_map.flatten(), minlength=len(classes)) / label_map.size
     present = [int(i) for i in np.argsort(-shares, kind="stable") if shares[i]]
     drawn = draw_label_map(pixels, label_map, len(classes))

@@ -5,6 +5,7 @@ works.
 
     attention.py      elsa_attention: docstring, checks, torch operators
     hadamard.py       hadamard: likewise
+    transforms.py     derivatives in both modes, for torch.func too
     backend.py        which path a call takes
     reference.py      the aggregation's definition
     cpu.py            the aggregation on a CPU

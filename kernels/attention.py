@@ -2,6 +2,7 @@
 import torch
 
 from kernels import backend
+from kernels.transforms import differentiable, differentiable_no_further, refuse_nested_forward_mode
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,18 +38,21 @@ def elsa_attention(v, logits, ghost_mul=None, ghost_add=None, *, kernel_size, di
     Returns:
         (B, Ho, Wo, C), contiguous, in v's dtype.
 
-    Differentiable once in v, logits, ghost_mul and ghost_add; two runs are bit-identical. CUDA tensors go through the
-    Triton kernels, CPU tensors through a loop over taps, or through Triton's interpreter if TRITON_INTERPRET=1.
+    Differentiable once in v, logits, ghost_mul and ghost_add, backward and forward (torch.func's grad, jvp, vmap; vmap
+    calls sample by sample); two runs are bit-identical. CUDA tensors go through the Triton kernels, CPU tensors through
+    a loop over taps, or through Triton's interpreter if TRITON_INTERPRET=1.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; the message names it.
+        RuntimeError: a second derivative, or a forward-mode one inside torch.compile.
 
     Source: arXiv 2112.12786, section 3. With normalize=False and per-sample filters this is a decoupled dynamic filter
     (arXiv 2104.14107): lam=1, gamma=0 its product, lam=0, gamma=1 its sum.
     """
     if isinstance(v, torch.Tensor) and isinstance(logits, torch.Tensor):
-        if torch.is_autocast_enabled(v.device.type) and v.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(v.device.type)
+        device = v.device.type
+        if device != "meta" and torch.is_autocast_enabled(device) and v.dtype != torch.float64:  # meta has no autocast
+            dtype = torch.get_autocast_dtype(device)
             v, logits = v.to(dtype), logits.to(dtype)
     _check_numbers(kernel_size, dilation, stride, lam, gamma)
     _check_tensors(v, logits, ghost_mul, ghost_add, kernel_size, stride)
@@ -61,7 +65,7 @@ def elsa_attention(v, logits, ghost_mul=None, ghost_add=None, *, kernel_size, di
     if logits is None and add is None:
         raise ValueError("logits: None leaves ghost_add alone to act, and ghost_add is None or gamma is 0; "
                          "pass logits, or ghost_add and a gamma other than 0")
-    return _attention(v, logits, mul, add, kernel_size, dilation, stride, normalize)[0]
+    return _aggregate(v, logits, mul, add, kernel_size, dilation, stride, normalize)[0]
 
 
 def _check_numbers(kernel_size, dilation, stride, lam, gamma):
@@ -186,6 +190,7 @@ def _fake_attention_backward(grad_out, v, logits, mul, add, lse, kernel_size, di
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.kernel_size, ctx.dilation, ctx.stride, ctx.normalize = inputs
     ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_forward(*tensors)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -195,15 +200,30 @@ def _backward(ctx, grad_out, grad_lse):
         return (None,) * 8
     needs = list(ctx.needs_input_grad[:4])
     numbers = ctx.kernel_size, ctx.dilation, ctx.stride, ctx.normalize
-    grads = iter(_attention_backward(grad_out, *ctx.saved_tensors, *numbers, needs))
+    grads = iter(_aggregate_backward(grad_out, *ctx.saved_tensors, *numbers, needs))
     return *(next(grads) if need else None for need in needs), None, None, None, None
 
 
-def no_second_derivative(ctx, *grads):
-    raise RuntimeError("elsa_attention and hadamard have a first derivative only; one was differentiated twice "
-                       "(create_graph=True). Use kernels.elsa_attention_reference and torch's convolution where a "
-                       "second derivative is needed")
+def _jvp(ctx, dv, dlogits, dmul, dadd, *_):
+    """The operator is linear in v, in each filter, and in what the softmax gives."""
+    refuse_nested_forward_mode()
+    v, logits, mul, add = ctx.saved_tensors
+    numbers = ctx.kernel_size, ctx.dilation, ctx.stride
+    calls = []
+    if dv is not None:
+        calls.append((dv, logits, mul, add, *numbers, ctx.normalize))
+    if dlogits is not None:
+        if ctx.normalize:
+            a = logits.unflatten(1, (-1, ctx.kernel_size ** 2)).softmax(2)  # (B, G, K, Ho, Wo)
+            da = a * dlogits.reshape(a.shape)
+            dlogits = (da - a * da.sum(2, keepdim=True)).flatten(1, 2)
+        calls.append((v, dlogits, mul, None, *numbers, False))
+    if dmul is not None:
+        calls.append((v, logits, dmul, None, *numbers, ctx.normalize))
+    if dadd is not None:
+        calls.append((v, None, None, dadd, *numbers, False))
+    return sum(_aggregate(*call)[0] for call in calls), None
 
 
-_attention.register_autograd(_backward, setup_context=_setup_context)
-_attention_backward.register_autograd(no_second_derivative)
+_aggregate = differentiable(_attention, _setup_context, _backward, _jvp)
+_aggregate_backward = differentiable_no_further(_attention_backward)

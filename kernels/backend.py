@@ -2,18 +2,25 @@
 
 The kernels are imported on their first use: Triton has no packages for macOS and Windows, where the CPU path must work.
 """
+import importlib.util
 import os
 
 import torch
 
 from kernels import cpu
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_GROUP_WIDTH = 128  # channels of a group in the convolution's kernels, whose tiles have no more columns
 
 
 def uses_triton(x):
-    """On CUDA always, on a CPU if TRITON_INTERPRET=1 asks for Triton's interpreter."""
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    """On CUDA always, on a CPU if TRITON_INTERPRET=1 asks for Triton's interpreter. Raises ModuleNotFoundError where
+    it would be used and is not installed."""
+    used = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if used and not HAS_TRITON:
+        raise ModuleNotFoundError("triton is not installed, which GPUs and TRITON_INTERPRET=1 need; without that "
+                                  "variable CPUs do without", name="triton")
+    return used
 
 
 def aggregation(v):

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import backend
-from kernels.attention import no_second_derivative
+from kernels.transforms import differentiable, differentiable_no_further, refuse_nested_forward_mode
 
 
 def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
@@ -41,10 +41,15 @@ def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({Q},)")
     if backend.has_convolution(q, weight):
         q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
-        return _hadamard(q, k, weight, bias, float(scale), dilation)[0]
-    h = (q * k if scale == 1 else q * k * scale).permute(0, 3, 1, 2)
-    u = F.conv2d(h, weight, bias, 1, shape[3] // 2 * dilation, dilation, Q // shape[1])
-    return F.gelu(u).permute(0, 2, 3, 1)
+        return _maps(q, k, weight, bias, float(scale), dilation)[0]
+    h = q * k if scale == 1 else q * k * scale
+    return F.gelu(_convolution(h, weight, bias, dilation)).permute(0, 2, 3, 1)
+
+
+def _convolution(h, weight, bias, dilation):
+    """torch's: (B, H, W, Q) -> (B, Q, H, W)."""
+    padding, groups = weight.shape[3] // 2 * dilation, weight.shape[0] // weight.shape[1]
+    return F.conv2d(h.permute(0, 3, 1, 2), weight, bias, 1, padding, dilation, groups)
 
 
 @torch.library.custom_op("elsa::hadamard", mutates_args=())
@@ -78,6 +83,7 @@ def _fake_hadamard_backward(dz, u, q, k, weight, bias, scale, dilation):
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.scale, ctx.dilation = inputs
     ctx.save_for_backward(output[1], *tensors)
+    ctx.save_for_forward(*tensors)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -85,8 +91,23 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dz, du):
     if dz is None:
         return (None,) * 6
-    return *_hadamard_backward(dz, *ctx.saved_tensors, ctx.scale, ctx.dilation), None, None
+    return *_maps_backward(dz, *ctx.saved_tensors, ctx.scale, ctx.dilation), None, None
 
 
-_hadamard.register_autograd(_backward, setup_context=_setup_context)
-_hadamard_backward.register_autograd(no_second_derivative)
+def _jvp(ctx, dq, dk, dweight, dbias, *_):
+    """By torch's convolution, which is linear in its image and in its weight."""
+    refuse_nested_forward_mode()
+    q, k, weight, bias = ctx.saved_tensors
+    h = q * k * ctx.scale
+    u = _convolution(h, weight, bias, ctx.dilation)
+    du = torch.zeros_like(u) if dbias is None else dbias.to(u.dtype)[:, None, None].expand_as(u)
+    for tangent, other in ((dq, k), (dk, q)):
+        if tangent is not None:
+            du = du + _convolution(tangent * other * ctx.scale, weight, None, ctx.dilation)
+    if dweight is not None:
+        du = du + _convolution(h, dweight, None, ctx.dilation)
+    return torch.ops.aten.gelu_backward(du, u).permute(0, 2, 3, 1), None
+
+
+_maps = differentiable(_hadamard, _setup_context, _backward, _jvp)
+_maps_backward = differentiable_no_further(_hadamard_backward)

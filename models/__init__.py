@@ -56,7 +56,13 @@ def create_model(name, *, attn=None, num_classes=None, img_size=224, **overrides
         arguments["num_classes"] = num_classes
     if "img_size" in _arguments(architecture):
         arguments["img_size"] = img_size
-    return architecture(**arguments, **{**config, **overrides})
+    try:
+        return architecture(**arguments, **{**config, **overrides})
+    except (TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+        if not overrides:
+            raise
+        raise ValueError(f"{name} cannot be made with {overrides} ({type(error).__name__}: {error}); expected values "
+                         "of the same kind as its defaults") from error
 
 
 def _arguments(architecture):

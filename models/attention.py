@@ -63,13 +63,21 @@ class WindowAttention(nn.Module):
         self.shift, self.always_shift = shift, always_shift
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        offsets = 2 * window_size - 1  # of query minus key, along one axis
-        self.relative_position_bias_table = _bias_table(offsets ** 2, num_heads)
-        y, x = torch.meshgrid(torch.arange(window_size), torch.arange(window_size), indexing="ij")
-        positions = (y * offsets + x).flatten()  # (N,)
-        center = offsets ** 2 // 2  # the entry of offset (0, 0)
-        index = positions[:, None] - positions + center  # (N, N), queries x keys
-        self.register_buffer("relative_position_index", index, persistent=False)
+        self.relative_position_bias_table = _bias_table((2 * window_size - 1) ** 2, num_heads)  # of query minus key
+        self.register_buffer("relative_position_index", self.index(), persistent=False)
+
+    def index(self, device=None):
+        """Which entry of the table is of query and key: (N, N), queries x keys."""
+        offsets = 2 * self.window_size - 1
+        side = torch.arange(self.window_size, device=device)
+        positions = (side[:, None] * offsets + side).flatten()  # (N,)
+        return positions[:, None] - positions + offsets ** 2 // 2  # of offset (0, 0) the entry in the middle
+
+    def _apply(self, fn, recurse=True):
+        """Wherever the tensors go: to_empty would leave an index without numbers."""
+        super()._apply(fn, recurse)
+        self.relative_position_index = self.index(self.relative_position_index.device)
+        return self
 
     def forward(self, x):
         B, H, W, C = x.shape

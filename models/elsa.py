@@ -1,7 +1,8 @@
 """Enhanced local self-attention: the layer.
 
 Source: Zhou et al., "ELSA: Enhanced Local Self-Attention for Vision Transformer", arXiv 2112.12786, section 3.
-Parameter names, shapes and initialisation are those of the published layer, so that its weights load as they are.
+Names, saved shapes and initialisation of the parameters are those of the published layer, so that its weights load as
+they are.
 """
 import math
 
@@ -10,6 +11,51 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import elsa_attention, hadamard
+
+
+class Pointwise(nn.Linear):
+    """A linear layer over channels, saved as the 1x1 convolution that the published layer has: (out, in, 1, 1)."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = destination[f"{prefix}weight"][:, :, None, None]
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        key = f"{prefix}weight"
+        if key in state_dict and state_dict[key].shape[2:] == (1, 1):
+            state_dict[key] = state_dict[key].flatten(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class HadamardConvolution(nn.Conv2d):
+    """GELU(convolution of scale * q * k): q, k (B, H, W, Q) -> the same shape."""
+
+    def __init__(self, scale, *args, **options):
+        super().__init__(*args, **options)
+        self.scale = scale
+
+    def forward(self, q, k):
+        return hadamard(q, k, self.weight, self.bias, scale=self.scale, dilation=self.dilation[0])
+
+
+class LogitsProjection(Pointwise):
+    """(B, Ho, Wo, Q) -> (B, Ho, Wo, G * K), but on small maps in the memory of contiguous (B, G * K, Ho, Wo).
+
+    The kernels read the pixels of one tap side by side, and a linear layer would write the taps of one pixel so. The
+    matrix product writes either layout at the same cost, but its backward pass makes one weight gradient an image: on
+    maps smaller than a window that costs the most.
+    """
+
+    def __init__(self, dim_qk, num_logits, window):
+        super().__init__(dim_qk, num_logits)
+        self.window = window  # pixels
+
+    def forward(self, z):
+        if z.shape[1] * z.shape[2] < self.window:
+            return super().forward(z)
+        weight = self.weight.expand(z.shape[0], -1, -1)  # (B, G * K, Q)
+        logits = torch.baddbmm(self.bias[:, None], weight, z.flatten(1, 2).transpose(1, 2))
+        return logits.unflatten(2, z.shape[1:3]).permute(0, 2, 3, 1)
 
 
 class ELSA(nn.Module):
@@ -66,12 +112,14 @@ class ELSA(nn.Module):
         self.lam, self.gamma, self.hadamard, self.softmax = lam, gamma, hadamard, softmax
         self.scale = qk_scale or (dim_v // num_heads) ** -0.5
 
-        self.pre_proj = nn.Conv2d(dim, (1 + hadamard) * dim_qk + dim_v, 1, bias=qkv_bias)
+        self.pre_proj = Pointwise(dim, (1 + hadamard) * dim_qk + dim_v, bias=qkv_bias)
+        convolution = dict(padding=kernel_size // 2 * dilation, dilation=dilation, groups=dim_qk // group_width)
         self.attn = nn.Sequential(
-            nn.Conv2d(dim_qk, dim_qk, kernel_size, padding=kernel_size // 2 * dilation, dilation=dilation,
-                      groups=dim_qk // group_width),
+            HadamardConvolution(self.scale, dim_qk, dim_qk, kernel_size, **convolution)
+            if hadamard and stride == 1 else nn.Conv2d(dim_qk, dim_qk, kernel_size, **convolution),
             nn.GELU(),
-            nn.Conv2d(dim_qk, num_logits, 1, groups=groups))
+            LogitsProjection(dim_qk, num_logits, kernel_size ** 2)
+            if groups == 1 else nn.Conv2d(dim_qk, num_logits, 1, groups=groups))
         ghosts = []
         if lam:
             ghosts.append(torch.randn(1, dim_v, kernel_size, kernel_size))
@@ -89,16 +137,17 @@ class ELSA(nn.Module):
         if x.ndim != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"x has shape {tuple(x.shape)}; ELSA expects (B, H, W, {self.dim}): "
                              "permute channels-first maps first")
-        qkv = F.linear(x, self.pre_proj.weight.flatten(1), self.pre_proj.bias)  # a 1x1 convolution, (B, H, W, 2Q + C)
-        *qk, v = qkv.split([self.dim_qk] * (1 + self.hadamard) + [self.dim_v], dim=-1)
-        convolution, gelu, _ = self.attn
+        *qk, v = self.pre_proj(x).split([self.dim_qk] * (1 + self.hadamard) + [self.dim_v], dim=-1)
+        convolution, gelu, projection = self.attn
         if self.hadamard and self.stride == 1:
-            z = hadamard(*qk, convolution.weight, convolution.bias, scale=self.scale, dilation=self.dilation)
-            z = z.permute(0, 3, 1, 2)  # (B, Q, H, W)
+            z = convolution(*qk)  # (B, H, W, Q)
         else:
             h = (qk[0] * qk[1] if self.hadamard else qk[0]) * self.scale
-            z = gelu(convolution(F.avg_pool2d(h.permute(0, 3, 1, 2), self.stride)))  # (B, Q, Ho, Wo)
-        logits = self.logits(z)
+            z = gelu(convolution(F.avg_pool2d(h.permute(0, 3, 1, 2), self.stride))).permute(0, 2, 3, 1)
+        if isinstance(projection, nn.Conv2d):
+            logits = projection(z.permute(0, 3, 1, 2))  # (B, G * K, Ho, Wo)
+        else:
+            logits = projection(z).permute(0, 3, 1, 2)
 
         dropping = self.training and self.attn_drop.p > 0
         if dropping:  # between the softmax and the aggregation, so the softmax cannot stay inside the operator
@@ -109,22 +158,6 @@ class ELSA(nn.Module):
             v, logits, mul, add, kernel_size=self.kernel_size, dilation=self.dilation, stride=self.stride,
             lam=self.lam, gamma=self.gamma, normalize=self.softmax and not dropping)  # (B, Ho, Wo, C)
         return self.proj_drop(self.post_proj(out))
-
-    def logits(self, z):
-        """(B, Q, Ho, Wo) -> (B, G * K, Ho, Wo), contiguous with groups=1.
-
-        The kernels read the pixels of one tap side by side, and a 1x1 convolution would leave the logits in the
-        channels_last memory of z. The matrix product writes either layout at the same cost, but its backward pass makes
-        one weight gradient an image: on maps smaller than a window that costs the most.
-        """
-        projection = self.attn[2]
-        if projection.groups > 1:
-            return projection(z)
-        weight = projection.weight.flatten(1)
-        if z.shape[2] * z.shape[3] < self.kernel_size ** 2:
-            return F.linear(z.permute(0, 2, 3, 1), weight, projection.bias).permute(0, 3, 1, 2)
-        weight = weight.expand(z.shape[0], -1, -1)  # (B, G * K, Q)
-        return torch.baddbmm(projection.bias[:, None], weight, z.flatten(2)).unflatten(2, z.shape[2:])
 
     def ghost_filters(self):
         """The multiplicative and the additive filter, (C, k, k) each, or None where switched off."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import ATTENTIONS, local_attention
+from models.elsa import Pointwise
 from models.precision import LayerNorm
 
 CONFIGS = {
@@ -216,9 +217,9 @@ def check_drop_path_rate(rate):
 
 
 def init_linear_layers(model):
-    """Truncated normal weights, zero biases, as published. Convolutions keep their own initialisation."""
+    """Truncated normal weights, zero biases, as published. Convolutions, 1x1 or not, keep their own initialisation."""
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not isinstance(module, Pointwise):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models import swin
+from models.precision import widened
 
 CONFIGS = {f"upernet_{name}": config for name, config in swin.CONFIGS.items()}
 POOL_SCALES = (1, 2, 3, 6)
@@ -97,9 +98,14 @@ class UPerNet(nn.Module):
                     nn.init.normal_(module.weight, std=0.01)
                     nn.init.zeros_(module.bias)
 
-    def forward(self, images):
+    def forward(self, images, coarse=False):
+        """coarse: leave the logits at the size of the finest map, (B, num_classes, H / 4, W / 4), rounded up. The
+        logits of all pixels take 600 MB a megapixel; resize_rows() makes as many of them as are wanted."""
         maps = self.backbone(images)
-        logits = resize(self.decode_head(maps), images.shape[2:])
+        logits = self.decode_head(maps)
+        if coarse:
+            return logits
+        logits = resize(logits, images.shape[2:])
         if not self.training:
             return logits
         return logits, resize(self.auxiliary_head(maps[-2]), images.shape[2:])
@@ -108,3 +114,25 @@ class UPerNet(nn.Module):
 def resize(x, size):
     """(B, C, H, W) -> (B, C, *size), bilinear between pixel centres."""
     return F.interpolate(x, tuple(size), mode="bilinear")
+
+
+def resize_rows(x, size, start, stop, above=0, height=None):
+    """Rows `start` to `stop` of resize(x, size), without the others; on a CPU equal to the last bit, but for tiny maps.
+
+    x: (B, C, h, w), of a map of `height` rows (default: all) those from `above` on; source_rows() says which.
+    """
+    upper, lower, share = source_rows(height or x.shape[2], size[0], start, stop)
+    first, last = int(upper[0]), int(lower[-1]) + 1
+    wide = resize(widened(x[:, :, first - above:last - above]), (last - first, size[1]))
+    share = share.to(wide)[:, None]
+    upper, lower = (wide[:, :, row.to(x.device) - first] for row in (upper, lower))
+    return torch.addcmul(lower * share, upper, 1 - share).to(x.dtype)
+
+
+def source_rows(rows, resized, start, stop):
+    """Between which of `rows` the rows `start` to `stop` of `resized` lie -> (upper, lower: (stop - start,) int64, the
+    lower's share: float32), rounded as F.interpolate does."""
+    scale = (torch.tensor(rows, dtype=torch.float32) / resized).double()
+    place = (scale * (torch.arange(start, stop) + 0.5) - 0.5).float().clamp_min(0)
+    upper = place.long().clamp_max(rows - 1)
+    return upper, (upper + 1).clamp_max(rows - 1), (place - upper).clamp(0, 1)

@@ -40,7 +40,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x):
         B, H, W, C = x.shape
-        q, k, v = self.qkv(x).view(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, D)
+        qkv = self.qkv(x).view(B, H * W, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C))
 
 
@@ -56,8 +57,9 @@ class ClassAttention(nn.Module):
 
     def forward(self, x):
         B, N, C = x.shape
-        k, v = self.kv(x).view(B, N, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, D)
-        q = self.q(x[:, :1]).view(B, 1, self.num_heads, -1).transpose(1, 2)
+        kv = self.kv(x).view(B, N, 2, self.num_heads, C // self.num_heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D)
+        q = self.q(x[:, :1]).view(B, 1, self.num_heads, C // self.num_heads).transpose(1, 2)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, 1, C))
 
 

@@ -1,15 +1,24 @@
 """Weights of our own and of the published models, told apart by their keys."""
 import argparse
 import re
+import sys
+import zipfile
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
+from models.attention import WindowAttention
 from models.volo import interpolate_pos_embed
 
 # What holds the weights inside a checkpoint file, the moving average first: it is what the published numbers were
 # measured with.
-ENTRIES = ("ema", "state_dict_ema", "model", "state_dict")
+ENTRIES = ("model_ema", "ema_state_dict", "state_dict_ema", "ema", "model", "state_dict")
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # before all keys: DistributedDataParallel, torch.compile, Lightning, ...
 BUFFERS = ("relative_position_index", "relative_id", "attn_mask")  # computed from the shapes, never learnt
+# Of newer mmdetection, mmsegmentation and mmpretrain: Swin's names there, and ours.
+MMDETECTION = {r"\bpatch_embed\.projection\.": "patch_embed.proj.", r"\bstages\.": "layers.", r"\.w_msa\.": ".",
+               r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.", r"\.ffn\.layers\.1\.": ".mlp.fc2."}
 CLASSIFIER = re.compile(
     r"(head|aux_head"
     r"|(decode|auxiliary)_head\.conv_seg"
@@ -22,11 +31,14 @@ def load_weights(model, source, classifier=True):
     Args:
         model: as create_model gives it.
         source: a file written by torch.save, or what such a file contains. Either a state dict or a checkpoint holding
-            one as "ema", "state_dict_ema", "model" or "state_dict": the first of these that is there and not None, so
-            a moving average goes before the weights it averages. Known by their keys are our own, the published
-            ELSA-Swin, Microsoft's Swin, timm's Swin, VOLO, sail-sg's or timm's, and the published ELSA and Swin
-            segmenters and detectors. A position embedding of another grid is interpolated, as published. Segmenters
-            and detectors take a classifier's file, too: for the backbone, their heads stay as they are.
+            one as "model_ema", "ema_state_dict", "state_dict_ema", "ema", "model" or "state_dict": the first of these
+            that holds tensors, so a moving average goes before the weights it averages. (mmengine exchanges the two
+            when it saves; its files are known by their count of steps.) "module.", "_orig_mod." and "model." before
+            all keys are taken off. Known by their keys are our own, the published ELSA-Swin, Microsoft's Swin, timm's
+            Swin, VOLO, sail-sg's or timm's, and the published ELSA and Swin segmenters and detectors, with the names
+            of older and newer mmdetection. A position embedding of another grid and the bias tables of another window
+            are interpolated, bicubic as published; of the latter a line on stderr tells. Segmenters and detectors take
+            a classifier's file, too: for the backbone, their heads stay as they are.
         classifier: False leaves the classifier as it is, for fine-tuning on other classes.
 
     Raises:
@@ -48,6 +60,7 @@ def load_weights(model, source, classifier=True):
         expected = {key: value for key, value in expected.items() if not CLASSIFIER.match(key)}
     if "pos_embed" in expected and "pos_embed" in state and state["pos_embed"].ndim == 4:
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], *expected["pos_embed"].shape[1:3])
+    interpolated = _interpolate_tables(model, state, expected)
     problems = _differences(state, expected)
     if problems:
         where = "the given state dict" if isinstance(source, dict) else source
@@ -55,6 +68,9 @@ def load_weights(model, source, classifier=True):
             f"{where} does not fit this {type(model).__name__}; nothing was loaded. Create the model with the name, "
             "attn, num_classes and overrides the weights were trained with.\n  " + "\n  ".join(problems))
     model.load_state_dict(state, strict=strict)
+    if interpolated:
+        print(f"{len(interpolated)} relative position bias tables interpolated: {', '.join(sorted(set(interpolated)))}",
+              file=sys.stderr)
     return model
 
 
@@ -69,11 +85,27 @@ def _differences(state, expected):
     return lines
 
 
+def _interpolate_tables(model, state, expected):
+    """Fits bias tables of another window in `state` to the model -> what was done to each, in words."""
+    done = []
+    for key in expected:
+        block, _, name = key.rpartition(".")
+        if name != "relative_position_bias_table" or key not in state or state[key].shape == expected[key].shape:
+            continue
+        table, (length, heads) = state[key], expected[key].shape  # (offsets ** 2, heads)
+        side, new = round(len(table) ** 0.5) if table.ndim else 0, round(length ** 0.5)
+        windows = isinstance(model.get_submodule(block), WindowAttention)
+        if windows and table.ndim == 2 and table.shape == (side ** 2, heads) and side % 2:
+            image = table.float().T.reshape(1, heads, side, side)
+            state[key] = F.interpolate(image, (new, new), mode="bicubic").flatten(2)[0].T.to(table.dtype)
+            done.append(f"a window of {side // 2 + 1} x {side // 2 + 1} to {new // 2 + 1} x {new // 2 + 1}")
+    return done
+
+
 def _read(path):
     try:
-        # Checkpoints of timm's trainer, the published ELSA among them, carry their command line in a Namespace, which
-        # is only data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        _check_sums(path)
+        with torch.serialization.safe_globals(_data_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no checkpoint at {path}") from error
@@ -88,16 +120,59 @@ def _read(path):
                          "again.") from error
 
 
+def _check_sums(path):
+    """Raises an exception for an archive whose parts do not fit their checksums, which torch.load does not look at."""
+    if not zipfile.is_zipfile(path):
+        return  # torch.save of long ago
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("compressed, which torch.save never does")  # a kilobyte can hold a terabyte of zeros
+        # torch.serialization.set_crc32_options(False) leaves them 0.
+        if any(part.CRC for part in archive.infolist()) and archive.testzip():
+            raise ValueError("a checksum differs")
+
+
+def _data_types():
+    """What checkpoints hold beside tensors that is data, nothing that acts when it is read.
+
+    Namespace is the command line, of timm's trainer and the published ELSA; the others are what numpy's numbers and
+    arrays are made of, under the names of numpy 1 and 2.
+    """
+    codes = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
+    types = {type(np.dtype(code)) for code in codes}
+    scalar, array = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
+    functions = [(function, f"numpy.{core}.multiarray.{function.__name__}")
+                 for core in ("core", "_core") for function in (scalar, array)]
+    return [argparse.Namespace, np.dtype, np.ndarray, *types, *functions]
+
+
 def _state_dict(checkpoint):
-    """The weights inside a checkpoint, without the "module." that DistributedDataParallel puts before every key."""
-    state = checkpoint
+    """The weights inside a checkpoint, without what wrappers put before every key."""
+    entries = {}
     if isinstance(checkpoint, dict):
-        state = next((checkpoint[entry] for entry in ENTRIES if checkpoint.get(entry) is not None), checkpoint)
+        entries = {entry: checkpoint.get(entry) for entry in ENTRIES if _holds_tensors(checkpoint.get(entry))}
+    if "steps" in entries.get("ema_state_dict", ()) and "state_dict" in entries:  # mmengine
+        entries = {"state_dict": entries["state_dict"]}
+    state = next(iter(entries.values()), checkpoint)
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ValueError("the checkpoint holds no weights: expected a dict of tensors, or one under "
                          f"{', '.join(ENTRIES)}; found {found}")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    for key, value in state.items():
+        # The numbers of a file that was tampered with: none, or one that stands for a billion.
+        if value.layout != torch.strided or value.is_meta or value.numel() > value.untyped_storage().size() // max(
+                1, value.element_size()):
+            raise ValueError(f"the checkpoint is damaged: {key} has the shape {tuple(value.shape)} and fewer numbers")
+    prefix = ""
+    while prefix is not None:
+        state = {str(key).removeprefix(prefix): value for key, value in state.items()}
+        state.pop("n_averaged", None)  # of torch's AveragedModel
+        prefix = next((prefix for prefix in WRAPPERS if state and all(key.startswith(prefix) for key in state)), None)
+    return state
+
+
+def _holds_tensors(entry):
+    return isinstance(entry, dict) and any(isinstance(value, torch.Tensor) for value in entry.values())
 
 
 def _convert_keys(published):
@@ -105,11 +180,18 @@ def _convert_keys(published):
 
     timm keeps a down-sampling at the start of the stage after it and calls the classifier head.fc. The windowed last
     stage of ELSA-Swin projects to v, q, k instead of q, k, v, and its bias table `rb`, (heads, offsets), counts
-    offsets as key minus query: (offsets, heads) reversed is ours.
+    offsets as key minus query: (offsets, heads) reversed is ours. Newer mmdetection takes the 2 x 2 pixels of a
+    down-sampling by nn.Unfold, channel by channel and row by row; ours are pixel by pixel and column by column.
     """
     from_timm = "layers.1.downsample.norm.weight" in published and "layers.0.downsample.norm.weight" not in published
+    from_mmdetection = any(".attn.w_msa." in key for key in published)
     state = {}
     for key, value in published.items():
+        if from_mmdetection:
+            for theirs, ours in MMDETECTION.items():
+                key = re.sub(theirs, ours, key)
+            if re.search(r"layers\.\d+\.downsample\.(norm|reduction)\.", key) and value.shape[-1] % 4 == 0:
+                value = value.unflatten(-1, (-1, 2, 2)).movedim((-1, -2), (-3, -2)).flatten(-3)  # (..., column, row, C)
         block, _, name = key.rpartition("attn.")
         if name in BUFFERS or key.rpartition(".")[2] in BUFFERS:
             continue

@@ -241,8 +241,9 @@ def test_counterparts_on_the_triton_kernels(layer, naive):
 def test_ablated_elsa_lacks_what_its_name_says(attn):
     def naive(x):
         widths = [layer.dim_qk] * (1 if attn == "elsa_no_hadamard" else 2) + [layer.dim_v]
-        *qk, v = (x @ layer.pre_proj.weight[:, :, 0, 0].T).split(widths, -1)
-        logits = layer.attn(math.prod(qk).permute(0, 3, 1, 2))
+        *qk, v = (x @ layer.pre_proj.weight.T).split(widths, -1)
+        u = F.conv2d(math.prod(qk).permute(0, 3, 1, 2), layer.attn[0].weight, layer.attn[0].bias, padding=1, groups=2)
+        logits = F.conv2d(F.gelu(u), layer.attn[2].weight[:, :, None, None], layer.attn[2].bias)
         ghosts = list(layer.ghost_head.view(-1, 8, 3, 3))
         mul = None if attn == "elsa_no_ghost_mul" else ghosts.pop(0)
         add = None if attn == "elsa_no_ghost_add" else ghosts.pop(0)

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,12 +271,14 @@ def test_predict_lists_objects_by_their_scores(photos, trained, tmp_path):
     objects = json.loads((tmp_path / "seen" / "0.json").read_text())["objects"]
     assert objects == sorted(objects, key=lambda entry: -entry["score"])
     assert {entry["class"] for entry in objects} <= {"red", "green", "blue"}
-    assert oracle.decode(objects[0]["segmentation"]).shape == Image.open(photograph).size[::-1]
-    assert Image.open(tmp_path / "seen" / "0.png").size[0] >= 256
+    with Image.open(photograph) as image, Image.open(tmp_path / "seen" / "0.png") as drawn:
+        assert oracle.decode(objects[0]["segmentation"]).shape == image.size[::-1] and drawn.width >= 256
 
 
 def test_mistakes_in_the_commands_are_said(trained, capsys):
-    for arguments, words in ((["eval", "--weights", trained[0]], "--data has 8 classes, the checkpoint 3"),
+    with pytest.raises(ValueError, match="--data has 8 classes, the checkpoint 3"):
+        coco.dataset(detector(), ["red", "green", "blue"])
+    for arguments, words in ((["eval", "--weights", trained[0], "--dump", str(Path(trained[0]).parent)], "is a folder"),
                              (["eval", "mask_rcnn_swin_t", "--multi-scale"], "is a detector"),
                              (["eval", "swin_t", "--dump", "x"], "is a classifier")):
         assert main(arguments) == 2 and words in capsys.readouterr().err

@@ -1,10 +1,14 @@
 """models/elsa.py: the layer against the published numbers and against its definition written out naively."""
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.fsdp import fully_shard
 
 from models.elsa import ELSA
 from published import GOLDEN, assert_close
@@ -20,6 +24,8 @@ def test_elsa_layer_equals_the_published_one(case):
 
     layer = ELSA(**options).double()
     layer.load_state_dict({name: array(f"param.{name}") for name, _ in layer.named_parameters()})
+    assert {name: x.shape for name, x in layer.state_dict().items()} == {
+        name: array(f"param.{name}").shape for name, _ in layer.named_parameters()}
     assert sum(key.startswith(f"m{case}_param.") for key in arrays.files) == len(list(layer.parameters()))
     x = array("x").requires_grad_()
     out = layer(x)
@@ -27,18 +33,19 @@ def test_elsa_layer_equals_the_published_one(case):
     assert_close("out", array("out"), out.detach(), 1e-9)
     assert_close("dx", array("dx"), x.grad, 1e-9)
     for name, parameter in layer.named_parameters():
-        assert_close(name, array(f"grad.{name}"), parameter.grad, 1e-9)
+        assert_close(name, array(f"grad.{name}").reshape(parameter.shape), parameter.grad, 1e-9)
 
 
 def naive_elsa(layer, x, scale, group_width, lam, gamma):
     """The layer from its parameters, with a copy of v per tap. Channels-first inside."""
     k, s, d, G, Q = layer.kernel_size, layer.stride, layer.dilation, layer.num_heads, layer.dim_qk
     pad = k // 2 * d
-    qkv = F.conv2d(x.permute(0, 3, 1, 2), layer.pre_proj.weight, layer.pre_proj.bias)
+    qkv = F.conv2d(x.permute(0, 3, 1, 2), layer.pre_proj.weight[:, :, None, None], layer.pre_proj.bias)
     q, k_, v = qkv.split((Q, Q, layer.dim_v), dim=1)
     h = F.avg_pool2d(q * k_ * scale, s)
     z = F.gelu(F.conv2d(h, layer.attn[0].weight, layer.attn[0].bias, padding=pad, dilation=d, groups=Q // group_width))
-    logits = F.conv2d(z, layer.attn[2].weight, layer.attn[2].bias, groups=layer.attn[2].groups)
+    last = layer.attn[2]
+    logits = F.conv2d(z, last.weight.flatten(1)[..., None, None], last.bias, groups=getattr(last, "groups", 1))
     B, _, Ho, Wo = logits.shape
     a = logits.reshape(B, G, k * k, Ho * Wo).softmax(2).repeat_interleave(layer.dim_v // G, dim=1)  # (B, C, K, P)
     ghosts = list(layer.ghost_head.reshape(-1, 1, layer.dim_v, k * k, 1)) if layer.ghost_head is not None else []
@@ -91,3 +98,84 @@ def test_attention_dropout_acts_between_softmax_and_aggregation():
     assert_close("out", 2 * (undropped - bias) + bias, layer(x), 1e-12)
     assert_close("sum over the taps", torch.ones(1, 2, 6, 7, dtype=torch.float64), seen[0].sum(2), 1e-12)
     assert seen[0].shape == (1, 2, 9, 6, 7)
+
+
+class LowRank(nn.Module):
+    """Another module and a product of two narrow matrices beside it, as adapters are."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+LAYERS = [dict(kernel_size=3), dict(kernel_size=7), dict(kernel_size=3, stride=2), dict(kernel_size=3, hadamard=False),
+          dict(kernel_size=3, groups=2)]
+
+
+@pytest.mark.parametrize("options", LAYERS)
+def test_modules_are_called(options):
+    """So hooks fire, and what takes a module's place acts."""
+    torch.manual_seed(0)
+    layer, x, called = ELSA(16, 2, **options), torch.randn(2, 6, 5, 16), []
+    modules = {name: module for name, module in layer.named_modules() if name and list(module.parameters(recurse=False))}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    plain = layer(x)
+    assert called == ["pre_proj", "attn.0", "attn.2", "post_proj"] == list(modules)
+    if options.get("groups"):
+        return
+    for place in ("pre_proj", "attn.2"):
+        adapted = copy.deepcopy(layer)
+        adapter = LowRank(adapted.get_submodule(place))
+        adapted.set_submodule(place, adapter)
+        out = adapted(x)
+        out.square().sum().backward()
+        assert (out - plain).abs().max() > 1e-4 and adapter.down.weight.grad.any()
+        with torch.no_grad():  # merged
+            adapter.base.weight += adapter.up.weight @ adapter.down.weight
+            adapter.base.bias = nn.Parameter(
+                adapter.up(adapter.down.bias) + (0 if adapter.base.bias is None else adapter.base.bias))
+        adapted.set_submodule(place, adapter.base)
+        assert_close(place, out, adapted(x), 1e-5)
+
+
+def test_saved_shapes_are_a_convolutions_and_both_are_loaded():
+    layer = ELSA(16, 2, kernel_size=3)
+    state = layer.state_dict()
+    assert state["pre_proj.weight"].shape == (2 * layer.dim_qk + 16, 16, 1, 1)
+    assert state["attn.2.weight"].shape == (18, layer.dim_qk, 1, 1)
+    state["pre_proj.weight"].fill_(3)
+    assert (layer.pre_proj.weight == 3).all()  # what is saved is no copy
+    parameters = {name: torch.zeros_like(value) for name, value in layer.named_parameters()}
+    for saved in (state, parameters):
+        other = ELSA(16, 2, kernel_size=3)
+        other.load_state_dict(saved)
+        assert torch.equal(other.pre_proj.weight, saved["pre_proj.weight"].flatten(1))
+    with torch.device("meta"):
+        empty = ELSA(16, 2, kernel_size=3)
+    empty.load_state_dict(state, assign=True)
+    assert torch.equal(empty(torch.ones(1, 4, 4, 16)), layer(torch.ones(1, 4, 4, 16)))
+
+
+def test_every_module_can_be_sharded():
+    torch.manual_seed(0)
+    layer, x = ELSA(16, 2, kernel_size=3), torch.randn(2, 6, 5, 16)
+    layer(x).square().sum().backward()
+    sharded = ELSA(16, 2, kernel_size=3)
+    sharded.load_state_dict(layer.state_dict())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for module in (sharded.pre_proj, sharded.attn[0], sharded.attn[2], sharded.post_proj, sharded):
+            fully_shard(module, mesh=mesh)
+        sharded(x).square().sum().backward()
+        for name, parameter in layer.named_parameters():
+            gradient = sharded.get_parameter(name).grad.full_tensor()
+            assert_close(name, parameter.grad, gradient, 1e-6)
+        assert {name: x.shape for name, x in sharded.state_dict().items()} == {
+            name: x.shape for name, x in layer.state_dict().items()}
+    finally:
+        dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """eval/predict.py and eval/drawing.py: what is drawn and written is what the model found."""
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_classes_of_pixels_with_their_shares(legends):
     """A segmenter that says cat, dog and elk for what is red, green and blue."""
     pixels = np.zeros((32, 64, 3), np.uint8)
     pixels[:, :8, 0] = pixels[:, 8:24, 2] = pixels[:, 24:, 1] = 200
-    model = lambda x: 50 * torch.nn.functional.pad(x, (0, 0, 0, 0, 2, 2))
+    model = lambda x, coarse: 50 * torch.nn.functional.pad(x, (0, 0, 0, 0, 2, 2))
     drawn, found = predict.segment(model, Image.fromarray(pixels), CLASSES, CONFIG, CPU)
     assert found == {"classes": [{"class": "dog", "share": 0.625}, {"class": "elk", "share": 0.25},
                                  {"class": "cat", "share": 0.125}]}
@@ -121,21 +122,119 @@ def test_colours_differ():
     assert min(near) > 100
 
 
-def test_files_of_a_classifier(tmp_path, monkeypatch, capsys):
+def test_letters_that_the_font_lacks_are_written_as_their_numbers():
+    assert drawing.writable("Müll, Ёлка 50%") == "Müll, Ёлка 50%"
+    assert drawing.writable("fu\u0308r") == "für"  # as file names of macOS have it
+    assert drawing.writable("犬 a\nb\udce9") == "U+72AC aU+000AbU+DCE9"
+    lines = [(None, "ü"), (None, "u"), (None, "犬")]
+    drawn = [np.asarray(drawing.with_legend(Image.new("RGB", (256, 30)), [line]))[:, 256:] for line in lines]
+    tops = [np.flatnonzero((picture < 128).any((1, 2)))[0] for picture in drawn]
+    assert tops[0] < tops[1]  # the dots
+    assert drawn[2].shape[1] > drawn[0].shape[1] + 40
+
+
+@pytest.mark.parametrize("H, W", [(3, 600), (600, 3), (1, 1), (20000, 2)])
+def test_photographs_of_any_shape_have_their_names_beside_them(H, W):
+    ant = {"class": "an ant whose name is too long for the picture itself", "score": 1.0, "box": [0, 0, W, H]}
+    drawn = drawing.draw_objects(np.zeros((H, W, 3), np.uint8), [ant], np.ones((1, H, W), bool))
+    scale = drawing.enlargement(Image.new("RGB", (W, H)))
+    assert drawn.width > W * scale + 200 and drawn.height == max(H * scale, 28) and drawn.width * drawn.height < 2e7
+    assert (np.asarray(drawn)[4:24, W * scale + 30:] < 128).any()  # letters
+
+
+def test_long_names_stand_beside_and_short_ones_inside():
+    for name, inside in (("ant", True), ("an ant " * 9, False)):
+        ant = {"class": name, "score": 1.0, "box": [250, 190, 299, 199]}
+        black = np.zeros((200, 300, 3), np.uint8)
+        drawn = np.asarray(drawing.draw_objects(black, [ant], np.zeros((1, 200, 300), bool)))
+        assert (drawn.shape[1] == 300) == inside
+        assert ((drawn[172:190, 240:300] == drawing.colour(0)).all(-1).mean() > 0.5) == inside
+
+
+# The command
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """`run.py predict` with a small classifier, in a folder with photographs of one stem, of the same name, and without
+    a suffix."""
     monkeypatch.chdir(tmp_path)
     small = dict(embed_dim=4, depths=[1, 1], num_heads=[1, 2])
     torch.manual_seed(0)
     torch.save(create_model("swin_t", num_classes=7, img_size=32, patch_size=4, **small).state_dict(), "weights.pt")
-    for name, colour in (("a.png", "red"), ("b.jpg", "blue")):
+    Path("c", "deep").mkdir(parents=True)
+    Path("c", ".hidden").mkdir()
+    for name, colour in (("a.png", "red"), ("b.jpg", "blue"), ("c/a.png", "green"), ("c/deep/a.bmp", "black"),
+                         ("c/.hidden/d.png", "white"), ("c/.e.png", "white")):
         Image.new("RGB", (40, 60), colour).save(name)
-    command = ["predict", "swin_t", "--weights", "weights.pt", "--num-classes", "7", "--img-size", "32",
-               "--patch-size", "4", "--model-args", json.dumps(small), "--device", "cpu", "--out", "new/seen"]
-    assert main([*command, "a.png", "b.jpg", "a.png"]) == 0
+    Path("c", "notes.txt").write_text("no photograph")
+    Image.new("RGB", (40, 60)).save("plain", "png")
+    options = ["--weights", "weights.pt", "--num-classes", "7", "--img-size", "32", "--patch-size", "4", "--model-args",
+               json.dumps(small), "--device", "cpu"]
+    return lambda *words: main(["predict", "--out", "new/seen", *options, *words])
+
+
+def seen(folder="new/seen"):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_files_of_a_classifier(command, capsys):
+    assert command("swin_t", "a.png", "b.jpg", "a.png") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[1].startswith("b.jpg -> new/seen/b.png, .json  ")
-    assert {path.name for path in (tmp_path / "new" / "seen").iterdir()} == {"a.png", "a.json", "b.png", "b.json"}
-    content = json.loads((tmp_path / "new" / "seen" / "b.json").read_text())
+    assert len(lines) == 2 and lines[1].startswith("2/2  b.jpg -> new/seen/b.png, .json  ")
+    assert seen() == ["a.json", "a.png", "b.json", "b.png"]
+    content = json.loads(Path("new/seen/b.json").read_text())
     assert list(content) == ["image", "model", "top5"] and (content["image"], content["model"]) == ("b.jpg", "swin_t")
     assert {entry["class"] for entry in content["top5"]} <= set("0123456")
-    (tmp_path / "c").mkdir()
-    assert main([*command, "a.png", "c/a.png"]) == 2 and "several images are called a" in capsys.readouterr().err
+
+
+def test_folders_patterns_and_names_without_suffix_are_photographs(command):
+    assert command("c", "plain", "*.jpg") == 0
+    images = {json.loads(path.read_text())["image"] for path in Path("new/seen").glob("*.json")}
+    assert images == {"c/a.png", "c/deep/a.bmp", "plain", "b.jpg"}
+    assert seen()[:4] == ["a.bmp.json", "a.bmp.png", "a.png.json", "a.png.png"]
+
+
+def test_results_of_one_name_do_not_replace_each_other(command):
+    assert command("a.png", "c/a.png", "c/deep") == 0
+    assert seen()[::2] == ["a.bmp.json", "a.png.json", "c-a.png.json"]
+    assert command("a.png", "c/a.png", "c/deep") == 0 and len(seen()) == 6  # the same again
+    assert command("b.jpg") == 0
+    Image.new("RGB", (40, 60)).save("b.png")
+    assert command("b.png") == 0  # of another image, in a later run
+    assert "b.png.json" in seen() and json.loads(Path("new/seen/b.json").read_text())["image"] == "b.jpg"
+
+
+def test_damaged_photographs_end_nothing_and_are_named(command, capsys):
+    Path("c", "b.jpg").write_bytes(Path("b.jpg").read_bytes()[:300])
+    assert command("c", "a.png") == 1
+    printed = capsys.readouterr()
+    assert "2/4  c/b.jpg: NOT READ" in printed.out and "1 of 4 photographs could not be read" in printed.err
+    assert "c/b.jpg" in printed.err and len(seen()) == 6
+
+
+@pytest.mark.parametrize("words, said", [
+    (["nowhere.jpg", "a.png"], "no image at nowhere.jpg"), (["*.gif"], "no image at *.gif"),
+    (["swin_tt", "a.png"], "no image at swin_tt; did you mean the model swin_t?"), (["swin_t"], "predict needs images"),
+    (["empty"], "no photographs in empty"), (["volo_d1", "a.png"], "does not fit")])
+def test_what_is_no_photograph_is_said_before_anything_is_written(command, capsys, words, said):
+    Path("empty").mkdir()
+    assert command(*words) == 2 and said in capsys.readouterr().err and not Path("new").exists()
+
+
+@pytest.mark.parametrize("out, said", [
+    ("c", "holds photographs"), ("link", "holds photographs"), ("labels", "which predict did not write"),
+    ("maps", "which predict did not write"), ("data/train", "would write over data/train or into it")])
+def test_results_take_the_place_of_no_input(command, capsys, out, said):
+    for folder in ("labels", "maps", "data/train", "data/val/x"):
+        Path(folder).mkdir(parents=True)
+    Path("link").symlink_to("c")
+    Path("labels", "a.json").write_text('{"version": "5.0", "shapes": []}')
+    Image.new("L", (40, 60)).save("maps/a.png")
+    for i in range(7):
+        Path("data/val", str(i)).mkdir()
+        Image.new("L", (40, 60)).save(f"data/val/{i}/a.png")
+    Path("data/val/x").rmdir()
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert command("c/a.png", "--data", "data", "--out", out) == 2  # the last --out counts
+    assert said in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before

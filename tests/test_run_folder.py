@@ -4,8 +4,12 @@ import os
 
 import pytest
 import torch
+import yaml
 
-from train.run_folder import RunFolder, replace_atomically, save_atomically
+from train.checkpoint import PROGRESS, save_atomically
+from train.config import to_dict
+from train.run_folder import RunFolder, replace_atomically
+from train.runs import RUNS
 from training import rows, tiny, train
 
 METRICS = {"top1": "top-1"}
@@ -40,25 +44,74 @@ def test_a_full_disk_names_the_file(tmp_path):
     assert error.value.filename == str(tmp_path / "file") and error.value.errno == errno.ENOSPC
 
 
+def saved_run(name, when=1e9, **config):
+    """A folder runs/NAME as a run with a checkpoint leaves it."""
+    path = RUNS / name
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(yaml.safe_dump(to_dict(tiny(**config))))
+    (path / "last.pt").touch()
+    os.utime(path / "last.pt", (when, when))
+
+
+def resumed(resume=True, **config):
+    folder = RunFolder.open(tiny(**config), resume, 0, METRICS)
+    return folder.resumes and folder.path.name
+
+
+def made(resume=None, **config):
+    folder = RunFolder.open(tiny(**config), resume, 0, METRICS)
+    notes = folder.make(tiny(**config), resume)
+    return folder.path.name, notes
+
+
 def test_resume_takes_the_newest_run_of_the_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for age, name in enumerate(("swin_t-elsa-scenes-2", "swin_t-elsa-scenes-3", "swin_t-elsa-scenes", "swin_t-scenes")):
-        path = tmp_path / "runs" / name / "last.pt"
-        path.parent.mkdir(parents=True)
-        path.touch()
-        os.utime(path, (1e9 - age, 1e9 - age))
-    os.utime(tmp_path / "runs" / "swin_t-elsa-scenes-3" / "last.pt", (2e9, 2e9))
-    assert RunFolder.open(tiny(), True, 0, METRICS).path.name == "swin_t-elsa-scenes-3"
-    assert RunFolder.open(tiny(attn=None), True, 0, METRICS).path.name == "swin_t-scenes"
-    assert RunFolder.open(tiny(), None, 0, METRICS).path.name == "swin_t-elsa-scenes-4"
-    with pytest.raises(FileNotFoundError, match="no run of swin_t-window-scenes"):
-        RunFolder.open(tiny(attn="window"), True, 0, METRICS)
+    for age, name in enumerate(("swin_t-elsa-scenes-2", "swin_t-elsa-scenes-3", "swin_t-elsa-scenes")):
+        saved_run(name, 2e9 if name.endswith("3") else 1e9 - age)
+    saved_run("swin_t-scenes", attn=None)
+    assert resumed() == "swin_t-elsa-scenes-3"
+    assert resumed(attn=None) == "swin_t-scenes"
+    assert made() == ("swin_t-elsa-scenes-4", [])
+    assert made(True, attn="window") == ("swin_t-window-scenes", ["nothing to resume yet: a new run"])
+
+
+def test_only_runs_on_this_data_are_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved_run("swin_t-elsa-photos", 3e9, data="a/photos")
+    saved_run("swin_t-elsa-photos-2", 1e9, data=str(tmp_path / "b" / "photos"))
+    saved_run("swin_t-elsa-food-101", 2e9, data="food-101")
+    saved_run("swin_t-elsa-set", 1e9, data="set")
+    saved_run("swin_t-elsa-set-2", 2e9, data="set")
+    assert resumed(data="a/photos/") == resumed(data="./a/../a/photos") == "swin_t-elsa-photos"
+    assert resumed(data="b/photos") == "swin_t-elsa-photos-2"
+    assert not resumed(data="food") and not resumed(data="set-2") and not resumed(data="photos")
+    assert resumed(data="set") == "swin_t-elsa-set-2"
+    assert made(True, data="set-2")[0] == "swin_t-elsa-set-2-2"
+    saved_run("swin_t-elsa-set-2-3", 1e9, data="set-2")
+    assert resumed(data="set-2") == "swin_t-elsa-set-2-3" and resumed(data="set") == "swin_t-elsa-set-2"
+    (RUNS / "swin_t-elsa-set-2" / "config.yaml").write_text("[half of it")
+    assert resumed(data="set") == "swin_t-elsa-set"
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
+    out = tmp_path / "run"
+    assert made(True, out=str(out)) == ("run", ["nothing to resume yet: a new run"])
+    (out / "log.jsonl").touch()
+    with pytest.raises(ValueError, match="already holds a run"):
+        made(out=str(out))
+    assert made(True, out=str(out))[0] == "run"
+    with pytest.raises(FileNotFoundError, match="no last.pt and no config.yaml"):
+        made(str(out))
+    (out / "config.yaml").touch()
+    assert made(str(out))[0] == made(str(out / "config.yaml"))[0] == "run"
+    (out / "last.pt").touch()
+    assert resumed(str(out)) == resumed(str(out / "last.pt")) == resumed(out=str(out)) == "run"
 
 
 def test_what_a_run_leaves(tmp_path):
     folder = tmp_path / "run"
     train(tiny(out=str(folder), epochs=1))
     last, best = (torch.load(folder / name, weights_only=True) for name in ("last.pt", "best.pt"))
-    assert last.keys() - best.keys() == {"optimizer", "scaler"} and best.keys() <= last.keys()
+    assert last.keys() - best.keys() == {*PROGRESS} and best.keys() <= last.keys()
     logged = rows(folder)
     assert [row.get("step") for row in logged] == [0, 1, 2, None] and logged[-1]["epoch"] == 1

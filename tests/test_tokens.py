@@ -260,16 +260,13 @@ def test_resumed_run_ends_bit_identical(tmp_path, monkeypatch):
         return history, torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
 
     history, whole = run("whole")
-    save = loop.RunFolder.save
+    def power_cut(*arguments):
+        raise InterruptedError
 
-    def stop_after_the_first(self, *arguments):
-        save(self, *arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop.RunFolder, "save", stop_after_the_first)
-    with pytest.raises(KeyboardInterrupt):
-        run("parts")
-    monkeypatch.setattr(loop.RunFolder, "save", save)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "close_epoch", power_cut)
+        with pytest.raises(InterruptedError):
+            run("parts")
     config = Config(**{**VOLO, "attn": "elsa", "out": str(tmp_path / "parts")})
     resumed = train(config, resume=True)
     parts = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["model"]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import ade20k
-from models import create_model, load_weights
+from models import create_model, load_weights, upernet
 from models.swin import Backbone
 from published import GOLDEN, assert_close, published_state
 from train import segmentation
@@ -35,14 +35,14 @@ def published():
 
 @pytest.fixture(scope="module")
 def seen_once(published):
-    """The published model, which looks at each image once and remembers its logits."""
+    """The published model, which looks at each image once and remembers its coarse logits."""
     model, seen = published[0], {}
 
-    def forward(x):
+    def forward(x, coarse=False):
         key = (x.shape, x.numpy().tobytes())
         if key not in seen:
-            seen[key] = model(x)
-        return seen[key]
+            seen[key] = model(x, coarse=True)
+        return seen[key] if coarse else upernet.resize(seen[key], x.shape[2:])
     return forward
 
 
@@ -81,9 +81,13 @@ def test_maps_logits_and_classes_equal_the_published_ones(published, seen_once, 
         assert near(subsample(model.auxiliary_head(maps[-2]), 10), golden[f"{image}_aux_grid"])
         full = F.interpolate(whole, size, mode="bilinear")
         assert near(full[0, ::10, ::32, ::32].numpy(), golden[f"{image}_full_grid"])
-        probabilities = ade20k.predict(seen_once, [(x[0], False)], size)
+        probabilities = shown(seen_once, [(x[0], False)], size)
         assert torch.allclose(probabilities, full.softmax(1)[0])
     assert differing(probabilities, golden, image) == 0
+
+
+def shown(*given):
+    return torch.cat([strip for _, strip in ade20k.predict(*given)], 1)
 
 
 @pytest.mark.parametrize("flip, prefix", [(False, "t_ms"), (True, "t_msflip")])
@@ -93,7 +97,7 @@ def test_multi_scale_predictions_equal_the_published_ones(published, seen_once, 
     if flip:
         views = [shown for image, _ in views for shown in ((image, False), (image.flip(2), True))]
     with torch.no_grad():
-        probabilities = ade20k.predict(seen_once, views, [int(n) for n in inputs["t_ori_shape"][:2]])
+        probabilities = shown(seen_once, views, [int(n) for n in inputs["t_ori_shape"][:2]])
     assert near(probabilities[::10, ::32, ::32].numpy(), golden[f"{prefix}_prob_grid"])
     assert near(probabilities.mean((1, 2)).numpy(), golden[f"{prefix}_prob_class_mean"], 1e-5)
     assert differing(probabilities, golden, prefix) == 0
@@ -132,6 +136,33 @@ def test_losses_and_gradients_equal_the_published_ones(published):
         if ours(name) == name:
             assert gradient.flatten()[:4].tolist() == pytest.approx(numbers["first"], rel=1e-2, abs=1e-4 * norm), name
     assert len(expected["grad"]) >= 10
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 1 << 16), sides=st.tuples(*[st.integers(1, 40)] * 4), dtype=st.sampled_from(
+    [torch.float32, torch.float64, torch.bfloat16]))
+def test_rows_of_a_resized_map_equal_those_of_the_whole(seed, sides, dtype):
+    rng = np.random.default_rng(seed)
+    h, w, H, W = sides
+    x = torch.tensor(rng.normal(size=(1, 3, h, w)), dtype=dtype)
+    start, stop = sorted(rng.choice(H + 1, 2, replace=False))
+    whole = upernet.resize(x, (H, W))[:, :, start:stop]
+    rows = upernet.resize_rows(x, (H, W), start, stop)
+    upper, lower, _ = upernet.source_rows(h, H, start, stop)
+    first, last = int(upper[0]), int(lower[-1]) + 1
+    assert rows.dtype == dtype and torch.equal(upernet.resize_rows(x[:, :, first:last], (H, W), start, stop, first, h),
+                                               rows)
+    # In 64 bits torch takes the places in 64 bits, too.
+    error = {torch.float32: 1e-6, torch.float64: 1e-4, torch.bfloat16: 0.02}[dtype]
+    assert torch.allclose(rows, whole, rtol=error, atol=error)
+
+
+def test_coarse_logits_are_those_before_the_last_resize():
+    model, images = tiny(), torch.randn(1, 3, 37, 50)
+    with torch.no_grad():
+        coarse = model(images, coarse=True)
+        assert coarse.shape == (1, 5, 19, 25)  # the patches are of 2 pixels here
+        assert torch.equal(model(images), upernet.resize(coarse, (37, 50)))
 
 
 @pytest.mark.parametrize("attn, name, count", [("elsa", "upernet_swin_t", 60_794_486),

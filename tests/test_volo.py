@@ -222,3 +222,10 @@ def test_errors_name_the_argument_and_what_to_do(call, words):
     with pytest.raises(ValueError) as error:
         call()
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("attn", ["outlook", "elsa"])
+def test_a_batch_of_none(attn):
+    model, images = tiny(attn), torch.empty(0, 3, 32, 32)
+    assert model(images).shape == (0, 5)
+    assert [x.shape[0] for x in model.train()(images)] == [0, 0]

@@ -2,8 +2,11 @@
 import argparse
 import os
 
+import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 from models import create_model, load_weights
 from published import assert_close, published_state
@@ -90,7 +93,105 @@ def test_what_does_not_fit_is_listed_and_nothing_is_loaded():
         assert line in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match="relative_position_bias_table is .* the model has"):
-        load_weights(tiny("window", window_size=3), tiny("window").state_dict())
+        load_weights(tiny("neighborhood", kernel_size=5), tiny("neighborhood").state_dict())
+
+
+def test_bias_tables_of_another_window_are_interpolated_and_that_is_said(capsys):
+    trained = tiny("window", window_size=3)
+    for parameter in trained.parameters():
+        parameter.data += torch.randn_like(parameter)
+    model = load_weights(tiny("window"), trained.state_dict())
+    key = "layers.1.blocks.0.attn.relative_position_bias_table"
+    old, new = trained.state_dict()[key], model.state_dict()[key]
+    assert old.shape == (25, 2) and new.shape == (49, 2)
+    for head in (0, 1):
+        want = F.interpolate(old[:, head].reshape(1, 1, 5, 5), (7, 7), mode="bicubic")
+        assert torch.equal(new[:, head], want.flatten())
+    assert torch.equal(model.norm.weight, trained.norm.weight)
+    printed = capsys.readouterr().err
+    assert "8 relative position bias tables" in printed and "a window of 3 x 3 to 4 x 4" in printed
+    load_weights(tiny("window"), model.state_dict())
+    assert not capsys.readouterr().err
+
+
+WEIGHTS, AVERAGE = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+
+
+@pytest.mark.parametrize("checkpoint, expected", [
+    *(({"model": WEIGHTS, entry: AVERAGE}, 1)
+      for entry in ("model_ema", "ema_state_dict", "state_dict_ema", "ema")),
+    ({"state_dict": WEIGHTS, "model": "swin_t", "ema": 0.9999}, 0),
+    ({"state_dict": WEIGHTS, "model": None, "model_ema": {}, "ema": {"decay": 0.99}}, 0),
+    ({"state_dict": AVERAGE, "ema_state_dict": {"steps": torch.tensor(3), "module.w": torch.zeros(2)}}, 1),  # mmengine
+    ({"model": WEIGHTS, "model_ema": {"n_averaged": torch.tensor(3), "module.w": torch.ones(2)}}, 1),
+    ({"module._orig_mod.w": torch.ones(2)}, 1),
+    ({"_orig_mod.module.model.module.w": torch.ones(2), "_orig_mod.n_averaged": torch.tensor(1)}, 1),
+])
+def test_where_weights_are_in_a_checkpoint(checkpoint, expected):
+    model = nn.ParameterDict({"w": torch.full((2,), 7.0)})
+    assert load_weights(model, checkpoint)["w"].tolist() == [expected] * 2
+
+
+def test_prefixes_that_are_not_before_all_keys_stay():
+    model = nn.ModuleDict({"model": nn.Linear(2, 1), "head": nn.Linear(1, 1)})
+    state = {key: value + 1 for key, value in model.state_dict().items()}
+    assert torch.equal(load_weights(model, state)["model"].weight, state["model.weight"])
+
+
+def test_newer_mmdetection_names_and_order_of_patches():
+    """Its down-sampling is computed here as it does: by nn.Unfold."""
+    torch.manual_seed(0)
+    names = {"patch_embed.proj": "patch_embed.projection", "layers.": "stages.", "attn.": "attn.w_msa.",
+             "mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1"}
+    detector = tiny_detector(attn="window")
+    theirs = {}
+    for key, value in detector.state_dict().items():
+        if key.startswith("backbone."):
+            for ours, name in names.items():
+                key = key.replace(ours, name)
+            value = torch.randn_like(value)
+            if key.endswith("bias_table"):
+                theirs[key.replace("bias_table", "index")] = torch.zeros(49, 49, dtype=torch.int64)
+        theirs[key] = value
+    load_weights(detector, {"state_dict": theirs})
+    loaded, prefix = detector.state_dict(), "backbone.stages.1"
+    for ours, name in (("patch_embed.proj.bias", "patch_embed.projection.bias"), ("norm2.weight", "norm2.weight"),
+                       ("layers.1.blocks.0.mlp.fc1.weight", "stages.1.blocks.0.ffn.layers.0.0.weight"),
+                       ("layers.1.blocks.0.mlp.fc2.weight", "stages.1.blocks.0.ffn.layers.1.weight"),
+                       ("layers.1.blocks.0.attn.qkv.weight", "stages.1.blocks.0.attn.w_msa.qkv.weight")):
+        assert torch.equal(loaded[f"backbone.{ours}"], theirs[f"backbone.{name}"]), ours
+    x = torch.randn(2, 6, 4, theirs[f"{prefix}.downsample.norm.weight"].numel() // 4)
+    patches = nn.functional.unfold(x.permute(0, 3, 1, 2), 2, stride=2).transpose(1, 2)  # (B, 6, 4C)
+    norm = [theirs[f"{prefix}.downsample.norm.{name}"] for name in ("weight", "bias")]
+    want = F.layer_norm(patches, patches.shape[-1:], *norm) @ theirs[f"{prefix}.downsample.reduction.weight"].T
+    result = detector.backbone.layers[1].downsample(x)
+    assert_close("down-sampling", want.view(result.shape), result, 1e-5)
+
+
+def test_numpys_numbers_are_data(tmp_path):
+    weights = tiny("elsa").state_dict()
+    extra = {"best": np.float64(81.2), "epoch": np.int64(3), "done": np.bool_(True), "lr": np.float32(0.1),
+             "rng": np.arange(5, dtype=np.uint32)}
+    torch.save({"model": weights, **extra}, tmp_path / "scalars.pt")
+    load_weights(tiny("elsa"), tmp_path / "scalars.pt")
+    torch.save({"model": weights, "objects": np.array([RunsCode(str(tmp_path / "ran"))])}, tmp_path / "objects.pt")
+    with pytest.raises(ValueError, match="objects.pt"):
+        load_weights(tiny("elsa"), tmp_path / "objects.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("make", [
+    lambda **options: tiny("window", **options), lambda **options: tiny("elsa", **options),
+    lambda **options: tiny_volo("window", **options), lambda **options: tiny_detector().backbone])
+def test_models_made_without_memory(make):
+    trained = make().eval()
+    with torch.device("meta"):
+        model = make()
+    model.to_empty(device="cpu")
+    load_weights(model, trained.state_dict()).eval()
+    images = torch.randn(1, 3, 32, 32)
+    for ours, want in zip(model(images), trained(images)):
+        assert torch.equal(ours, want)
 
 
 class RunsCode:

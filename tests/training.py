@@ -54,12 +54,12 @@ def train(config, **options):
     return loop.train(config, task.training, task.evaluation, **options)
 
 
-def run_py(*arguments, ranks=1):
-    """What `run.py ARGUMENTS` prints, in a process of its own, or under torchrun in several."""
+def run_py(*arguments, ranks=1, script="run.py"):
+    """What `run.py ARGUMENTS` prints, or another script, in a process of its own, or under torchrun in several."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # the same order of sums as in this process
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    done = subprocess.run([sys.executable, *torchrun, "run.py", *map(str, arguments)], cwd=ROOT, env=environment,
+    done = subprocess.run([sys.executable, *torchrun, str(script), *map(str, arguments)], cwd=ROOT, env=environment,
                           timeout=170, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -88,6 +88,9 @@ def over_ranks(world, function):
     def broadcast_object_list(values, src):
         values[:] = exchange(list(values))[src]
 
+    def broadcast(tensor, src):
+        tensor.copy_(exchange(tensor.clone())[src])
+
     def run(rank):
         here.rank = rank
         try:
@@ -100,7 +103,7 @@ def over_ranks(world, function):
         for name, fake in {"is_initialized": lambda: True, "get_rank": lambda: here.rank,
                            "get_world_size": lambda: world, "all_reduce": all_reduce,
                            "all_gather_object": all_gather_object,
-                           "broadcast_object_list": broadcast_object_list}.items():
+                           "broadcast": broadcast, "broadcast_object_list": broadcast_object_list}.items():
             patch.setattr(dist, name, fake)
         return list(threads.map(run, range(world)))
 
@@ -110,10 +113,9 @@ def interrupt(config, after):
     train_epoch = loop.train_epoch
 
     def power_cut(state, task, loader, epoch, *arguments):
-        losses = train_epoch(state, task, loader, epoch, *arguments)
+        yield from train_epoch(state, task, loader, epoch, *arguments)
         if epoch == after:
             raise InterruptedError("power cut")
-        return losses
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_epoch", power_cut)
@@ -135,7 +137,8 @@ def assert_resumes_bit_identically(config, folder, after=1):
 
 def repeatable(row):
     """A line of the log without what depends on the machine."""
-    return {name: str(value) for name, value in row.items() if name not in ("images_per_s", "memory")}  # NaN is NaN
+    of_machine = ("images_per_s", "memory", "saving_s")
+    return {name: str(value) for name, value in row.items() if name not in of_machine}  # NaN is NaN
 
 
 def rows(folder):
@@ -154,7 +157,7 @@ def assert_same(first, second):
         assert first.keys() == second.keys()
         for name in first:
             assert_same(first[name], second[name])
-    elif isinstance(first, list):
+    elif isinstance(first, (list, tuple)):
         assert len(first) == len(second)
         for pair in zip(first, second):
             assert_same(*pair)

@@ -118,6 +118,13 @@ class AugmentedPhotographs(Dataset):
     def __len__(self):
         return len(self.images)
 
+    def name(self, index):
+        """The file of an image, for errors."""
+        images = self.images
+        if isinstance(images, Subset):
+            images, index = images.dataset, images.indices[index]
+        return images.samples[index][0]
+
     def __getitem__(self, key):
         epoch, index = key
         image, label = self.images[index]
@@ -144,6 +151,8 @@ class PhotographFolder(ImageFolder):
 
         super().__init__(root, transform, loader=load_image, is_valid_file=is_photograph)
         self.notes = left_out(others)
+        # As UTF-8, whatever the locale takes them for: a checkpoint is known by them everywhere.
+        self.classes = [os.fsencode(name).decode("utf-8", "surrogateescape") for name in self.classes]
 
     def find_classes(self, directory):
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")

@@ -6,8 +6,10 @@ import argparse
 import re
 import shutil
 import textwrap
+from pathlib import Path
 
 from train.config import KEYS, TASK_OF_FAMILY, TYPES, concerns, nearest, resolve, task_of, to_dict
+from train.runs import find, go_on, refuse_inputs, saved_configuration
 
 GROUPS = {"model": "Model", "data": "Data and output", "schedule": "Schedule and optimiser",
           "augmentation": "Augmentation", "task": "Loss and evaluation", "machine": "Machine"}
@@ -41,10 +43,12 @@ class Parser(argparse.ArgumentParser):
                               metavar=name.upper(), **optional)
 
 
-def parse_train(argv):
+def parse_train(argv, from_rank_0=lambda function: function()):
     """Command line of `run.py train` -> (Config, resume, notes), or None after printing the help it asked for.
 
-    resume: None, True (the newest run of this name) or a path. notes: lines to print about choices that were made.
+    resume: None, True (there is nothing to resume yet) or the folder of the run to continue; its configuration is then
+    that of the run, unless a recipe is given. notes: lines to print about choices that were made. from_rank_0(function)
+    gives what the function gives on rank 0, whose folders are the ones that count.
     """
     parser = Parser(prog="run.py train", add_help=False)
     parser.add_argument("model", nargs="?", default=None)
@@ -55,11 +59,22 @@ def parse_train(argv):
     options = vars(parser.parse(argv))
     recipe, resume, wants_help = options.pop("recipe"), options.pop("resume"), options.pop("help")
     named = options["model"] is not None
+    given = {name: value for name, value in options.items() if value is not None}
     options["model"] = options["model"] or KEYS["model"].default
     config, notes = resolve(options, recipe)
     if wants_help:
         print(help_of_train(config, notes[0], named))
         return None
+    if recipe and config.out and not resume:
+        refuse_inputs("--out", Path(config.out) / "config.yaml", files=[recipe])
+    if resume:
+        def saved():
+            folder = find(config, resume)
+            return folder, saved_configuration(folder) if folder and not recipe else None
+        folder, values = from_rank_0(saved)
+        resume = folder or True
+        if values is not None:
+            config, notes = go_on(folder, values, given)
     return config, resume, notes
 
 

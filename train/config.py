@@ -104,6 +104,8 @@ class Config:
     compile: bool = key("machine", False, "compile the model with torch.compile")
     checkpointing: bool = key("machine", False, "recompute blocks in backward: less memory, more time")
     workers: int | None = key("machine", None, "processes per rank that read images; null: up to 8")
+    save_minutes: float = key("machine", 15.0, "between two checkpoints; one more ends each epoch")
+    timeout_minutes: float = key("machine", 10.0, "of several ranks: how long one may stand still until all end")
 
 
 KEYS = {f.name: f for f in dataclasses.fields(Config)}
@@ -111,7 +113,8 @@ TYPES = typing.get_type_hints(Config)
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple: "two numbers, as 0.9,0.999",
          dict: "a YAML mapping, as '{embed_dim: 64}'", str: "a text"}
 # A resumed run may differ in these alone: they change neither the weights nor the images.
-FREE = ("data", "weights", "out", "val_limit", "bad_images", "device", "compile", "checkpointing", "workers")
+FREE = ("data", "weights", "out", "val_limit", "bad_images", "device", "compile", "checkpointing", "workers",
+        "save_minutes", "timeout_minutes")
 
 
 def family_of(model):
@@ -244,7 +247,8 @@ def cast(name, value):
             first, second = value.split(",") if isinstance(value, str) else value
             return float(first), float(second)
         if kind is dict:
-            return dict(yaml.safe_load(value) if isinstance(value, str) else value)
+            entries = dict(yaml.safe_load(value) if isinstance(value, str) else value)
+            return {str(name): entry for name, entry in entries.items()}
         return kind(value)
     except (ValueError, TypeError, KeyError, OverflowError, yaml.YAMLError):
         raise ValueError(f"{name} = {value!r} does not fit; expected {NAMES[kind]}") from None
@@ -278,10 +282,11 @@ def check(config):
                  "val_limit", "max_steps"):
         expect(getattr(config, name) is None or getattr(config, name) > 0, name, "1 or more")
     for name in ("lr", "warmup_lr", "min_lr", "warmup_epochs", "cooldown_epochs", "weight_decay", "clip_grad",
-                 "mixup", "cutmix", "mix_token", "dense_weight", "auxiliary_weight", "randaugment_std"):
+                 "mixup", "cutmix", "mix_token", "dense_weight", "auxiliary_weight", "randaugment_std", "save_minutes"):
         expect(getattr(config, name) >= 0, name, "0 or more")
     for name in ("flip", "crop", "erasing", "label_smoothing"):
         expect(0 <= getattr(config, name) <= 1, name, "0 to 1")
+    expect(0 < config.timeout_minutes <= 1e6, "timeout_minutes", "more than 0, up to a million")
     expect(0 <= config.ema < 1, "ema", "0 (none) to below 1")
     expect(0 <= config.randaugment <= 10, "randaugment", "0 (off) to 10")
     expect(0 < config.scale[0] <= config.scale[1] <= 1, "scale", "two rising shares, as 0.08,1")
@@ -322,13 +327,36 @@ def to_dict(config):
 
 
 def refuse_other(config, saved):
-    """Raises ValueError when a run with configuration `saved` (a dict) cannot be continued under `config`."""
-    ours, saved = to_dict(config), {**to_dict(Config()), **saved}  # keys younger than the run had no effect on it
+    """Raises ValueError when a run with configuration `saved` (a dict) cannot be continued under `config`.
+
+    A key that is younger than the run gets its default, with which the run was started -> lines that say so.
+    """
+    notes = []
+    for name in KEYS.keys() - saved.keys() - {*FREE}:
+        if getattr(config, name) != getattr(Config(), name):
+            setattr(config, name, getattr(Config(), name))
+            notes.append(f"{name} = {getattr(config, name)!r}, the default: the run is older than this option")
+    ours = to_dict(config)
     other = [f"{name}: {saved[name]!r} -> {ours[name]!r}"
-             for name in KEYS if name not in FREE and ours[name] != saved[name]]
+             for name in KEYS if name not in FREE and name in saved and ours[name] != saved[name]]
     if other:
         raise ValueError("--resume: the run was started with another configuration, and would not end as it would "
                          "have; start a new run, or give the old values. Different are " + ", ".join(other))
+    return sorted(notes)
+
+
+def refuse_other_classes(saved, found, where):
+    """Raises ValueError when the classes of a checkpoint, names in order, are not those `found` in the data.
+
+    where: what to call the data.
+    """
+    saved, found = list(map(str, saved)), list(map(str, found))
+    if saved == found:
+        return
+    other = [f"class {i} is {a!r} in the checkpoint, {b!r} in the data" for i, (a, b) in enumerate(zip(saved, found))
+             if a != b] or [f"the checkpoint has {len(saved)} classes, the data {len(found)}"]
+    raise ValueError(f"the classes of {where} are not those of the checkpoint, whose outputs would get other names: "
+                     f"{'; '.join(other[:3])}; expected the same names in the same order")
 
 
 def nearest(word, known):

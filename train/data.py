@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from train import scenes
+from train import cores, scenes
+from train.interruption import outlive_signals
 
 SCENES, VALIDATION_SCENES = 2048, 512  # rendered scenes per epoch, and for validation
 
@@ -58,9 +59,10 @@ class BatchSampler:
     """Keys (epoch, index) of one rank: step s takes images s * batch_size on of the epoch's permutation, split among
     ranks.
 
-    Yields one list per backward pass. The images left over at the end of an epoch are not used in it; with fill_last
-    they are, and first ones again fill the batch. groups: a number for each image; what a rank takes in one pass is
-    then of one group, except for a few remainders at the end, which fill_last fills with images of their own group.
+    Yields one list per backward pass of `epoch`, from pass `first` on; the length is that of the whole epoch. The
+    images left over at the end of an epoch are not used in it; with fill_last they are, and first ones again fill the
+    batch. groups: a number for each image; what a rank takes in one pass is then of one group, except for a few
+    remainders at the end, which fill_last fills with images of their own group.
     """
 
     def __init__(self, length, batch_size, accumulate, seed, rank, world, groups=None, fill_last=False):
@@ -68,7 +70,7 @@ class BatchSampler:
         self.seed, self.rank, self.groups, self.fill_last = seed, rank, groups, fill_last
         self.per_pass = batch_size // accumulate
         self.per_rank = self.per_pass // world
-        self.epoch = 0
+        self.epoch, self.first = 0, 0  # which is next, and from which pass on
 
     def __len__(self):
         length = self.length
@@ -87,7 +89,7 @@ class BatchSampler:
         if self.fill_last:
             order = np.resize(order, len(self) * self.per_pass)  # repeats it
         order = order.tolist()
-        for start in range(0, len(self) * self.per_pass, self.per_pass):
+        for start in range(self.first * self.per_pass, len(self) * self.per_pass, self.per_pass):
             first = start + self.rank * self.per_rank
             yield [(self.epoch, index) for index in order[first:first + self.per_rank]]
 
@@ -112,7 +114,8 @@ def training_loader(dataset, config, rank, world):
                            getattr(dataset, "groups", None), config.fill_last)
     workers = num_workers(config)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=getattr(dataset, "collate", None), num_workers=workers,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
+                      worker_init_fn=outlive_signals)
 
 
 def validation_loader(dataset, batch_size, rank, world, workers):
@@ -121,12 +124,12 @@ def validation_loader(dataset, batch_size, rank, world, workers):
     batch_size: images of one rank; None: single samples, as the data set gives them.
     """
     return DataLoader(Subset(dataset, range(rank, len(dataset), world)), batch_size, num_workers=workers,
-                      pin_memory=torch.cuda.is_available() and batch_size is not None)
+                      pin_memory=torch.cuda.is_available() and batch_size is not None, worker_init_fn=outlive_signals)
 
 
 def num_workers(config):
-    """As configured; else none for scenes, which draw in a millisecond or two, and for photographs the cores of the
-    machine split among its ranks, at most 8."""
+    """As configured; else none for scenes, which draw in a millisecond or two, and for photographs the cores that
+    may be used, split among the machine's ranks, at most 8."""
     if config.workers is not None:
         return config.workers
-    return 0 if config.data is None else min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return 0 if config.data is None else min(8, cores.available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

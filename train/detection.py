@@ -153,6 +153,10 @@ class AugmentedPhotographs(Dataset):
     def __len__(self):
         return len(self.indices)
 
+    def name(self, index):
+        """Annotations and name of a photograph, for errors."""
+        return self.folder.name(self.indices[index])
+
     def __getitem__(self, key):
         epoch, index = key
         i = int(self.indices[index])

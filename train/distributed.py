@@ -1,15 +1,24 @@
 """Ranks: how the processes that torchrun started find each other, and what they tell each other."""
+import hashlib
+import io
 import os
+import pickle
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 import kernels
+from train import watch
+from train.config import to_dict
 from train.device import autocast, memory_format
 
 
-def join_ranks(device="auto"):
-    """(rank, world size, torch.device) of this process. Under torchrun it joins the others."""
+def join_ranks(device="auto", timeout_minutes=10.0):
+    """(rank, world size, torch.device) of this process. Under torchrun it joins the others.
+
+    timeout_minutes: how long a rank may stand still, see watch.py.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = 'cuda', but torch sees no GPU; "
                          "use --device cpu, or install torch for this GPU's driver")
@@ -24,8 +33,41 @@ def join_ranks(device="auto"):
         # of what autocast leaves in float32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        if watch.current:
+            watch.current.timeout = timeout_minutes
+            watch.current.agree("device", {"device": kind})
+        # The watch, which names a culprit, comes before the collectives' own timeout.
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes + 2))
     return (dist.get_rank() if world > 1 else 0), world, device
+
+
+def agree(config, training, validation, classes):
+    """Ends the job when ranks differ in their configuration or data; they may have them at different places."""
+    if watch.current:
+        places = ("data", "weights", "token_labels", "out", "workers")
+        facts = {f"class {number}": str(name) for number, name in enumerate(classes)}
+        facts |= inventory(config.data) if config.data else {}
+        facts |= {"the number of training images": len(training), "of validation images": len(validation)}
+        facts |= {name: value for name, value in to_dict(config).items() if name not in places}
+        watch.current.agree("data", facts)
+
+
+def inventory(folder):
+    """{file or folder below `folder`: digest}: of files of text what they hold, of folders the names of all others."""
+    found = {}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = sorted(name for name in files if not name.startswith("."))
+        for name in files:
+            if name.endswith((".json", ".txt")):
+                with open(os.path.join(place, name), "rb") as file:
+                    path = os.path.relpath(os.path.join(place, name), folder)
+                    found[path] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        images = [name for name in files if not name.endswith((".json", ".txt"))]
+        if images:
+            digest = hashlib.sha256("\0".join(images).encode(errors="surrogateescape")).hexdigest()[:12]
+            found[os.path.relpath(place, folder)] = f"{len(images)} files, {digest}"
+    return found
 
 
 def leave_ranks():
@@ -44,17 +86,61 @@ def from_rank_0(value):
     return value
 
 
+def tensors_from_rank_0(value, device):
+    """As from_rank_0, for gigabytes: the tensors in `value`, on the CPU, travel one after the other by way of
+    `device`, never all at once."""
+    if not dist.is_initialized():
+        return from_rank_0(value)
+    file = io.BytesIO()
+    describer = _Describer(file)
+    describer.dump(value)
+    described = from_rank_0(file.getvalue())
+    tensors = describer.tensors
+    if dist.get_rank():
+        placer = _Placer(io.BytesIO(described))
+        value, tensors = placer.load(), placer.tensors
+    for tensor in tensors:
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8).to(device)
+        dist.broadcast(flat, 0)
+        if dist.get_rank():
+            tensor.copy_(flat.to(tensor.device).view(tensor.dtype).view(tensor.shape))
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+class _Describer(pickle.Pickler):
+    """Pickles with shape, stride and type in the place of every tensor; `tensors` are these, in order."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.tensors = []
+
+    def persistent_id(self, part):
+        if isinstance(part, torch.Tensor):
+            self.tensors.append(part)
+            return tuple(part.shape), part.stride(), part.dtype
+        return None
+
+
+class _Placer(pickle.Unpickler):
+    """Puts empty tensors into these places."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.tensors = []
+
+    def persistent_load(self, described):
+        shape, stride, dtype = described
+        self.tensors.append(torch.empty_strided(shape, stride, dtype=dtype))
+        return self.tensors[-1]
+
+
 def sum_over_ranks(tensor):
     """The sum of all ranks' tensors, on each of them; alone the tensor itself."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-def mean_over_ranks(scalar):
-    """The mean of all ranks' scalar tensors, a float, the same on each."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    return float(sum_over_ranks(scalar)) / ranks
 
 
 def max_over_ranks(number, device):

@@ -1,7 +1,8 @@
 """The training loop: one run, from a Config to checkpoints, a log and curves.
 
 train_epoch() is the whole of it; what it uses lives beside it: state.py (model, optimiser, moving average), schedule.py
-(learning rate), distributed.py (ranks), run_folder.py (what is written), progress.py (what is shown).
+(learning rate), distributed.py (ranks), interruption.py (signals), checkpoint.py and run_folder.py (what is written),
+progress.py (what is shown).
 """
 import contextlib
 import itertools
@@ -12,10 +13,13 @@ import numpy as np
 import torch
 
 from train import data
+from train.checkpoint import Checkpoints
+from train.config import task_of
 from train.device import peak_memory, to_device
-from train.distributed import broadcast_buffers, join_ranks, leave_ranks, mean_over_ranks, tune_kernels
+from train.distributed import agree, gather, join_ranks, leave_ranks, tune_kernels
+from train.interruption import Interruption
 from train.progress import Progress
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, notes_of
 from train.schedule import learning_rate, total_steps
 from train.state import TrainingState
 
@@ -28,72 +32,89 @@ def train(config, task, evaluation, resume=None, notes=()):
     eval.imagenet; the first of its METRICS chooses the best epoch. resume: None, True (the newest run of this name) or
     a path to a run's folder or checkpoint. notes: lines to print at the start.
 
-    A run on CPU is a function of its Config: two of them, or an interrupted and resumed one, end bit-identical. For
-    this every epoch starts its generators from (seed, epoch, rank), and a checkpoint is written when it ends. Other
-    numbers of ranks see the same images in the same steps; only what is drawn per batch (mixup, cutmix, erasing,
-    stochastic depth) differs between them.
+    A run on CPU is a function of its Config: two of them, or one that was interrupted at any moment and resumed, end
+    bit-identical. For this every step starts its generators from (seed, epoch, step, rank). Other numbers of ranks see
+    the same images in the same steps; only what is drawn per batch (mixup, cutmix, erasing, stochastic depth) differs
+    between them.
 
     Raises ValueError or FileNotFoundError for what the user can mend, FloatingPointError when the loss is no longer
-    finite.
+    finite, SystemExit after a signal, see interruption.py.
     """
-    rank, world, device = join_ranks(config.device)
-    try:
+    rank, world, device = join_ranks(config.device, config.timeout_minutes)
+    with contextlib.ExitStack() as ends:
+        ends.callback(leave_ranks)
+        interruption = ends.enter_context(Interruption(rank, world, device))
         training, validation, classes = task.datasets(config)
+        notes = [*notes, *notes_of("training", training), *notes_of("validation", validation)]
         config.num_classes = config.num_classes or len(classes)
-        check_fit(config, len(training), len(classes), world)
-        state = TrainingState(config, world, device, fresh=not resume)
-        folder = RunFolder.open(config, resume, rank, evaluation.METRICS)
-        if resume:
-            state.load(folder.load())
         per_rank = config.batch_size // config.accumulate // world  # images of one forward pass
+        agree(config, training, validation, classes)
+        notes = [*notes, *check_fit(config, len(training), len(classes), world, device)]
+        folder = RunFolder.open(config, resume, rank, evaluation.METRICS)
+        checkpoints = ends.enter_context(Checkpoints(folder, config.save_minutes))
+        state = TrainingState(config, world, device, fresh=not folder.resumes)
+        ends.callback(state.unwrap)
         loader = data.training_loader(training, config, rank, world)
         val_loader = evaluation.loader(validation, per_rank, rank, world, data.num_workers(config))
+        steps = len(loader) // config.accumulate  # of an epoch
+        total = total_steps(steps, config)
+        if folder.resumes:
+            checkpoint, said = checkpoints.load(device)
+            notes += [*said, *state.load(checkpoint, classes, steps)]
+            del checkpoint  # of the model's size several times over
+        else:
+            notes += folder.make(config, resume)
         if rank == 0:
-            folder.announce(config, notes, state.model, len(training), len(validation), world, device, state.epoch)
+            folder.announce(config, notes, state, len(training), len(validation), world, device)
         tune_kernels(state.model, per_rank, config.img_size, config.amp, rank, device)
         state.wrap()
 
-        steps = len(loader) // config.accumulate  # of an epoch
-        total = total_steps(steps, config)
-        progress = Progress(total, state.epoch * steps, config.batch_size, rank)
+        progress = Progress(total, state.step, config.batch_size, rank)
+        ends.callback(progress.close)
         for epoch in range(state.epoch, math.ceil(total / steps)):
-            start = time.perf_counter()
-            losses = train_epoch(state, task, loader, epoch, rank, folder, progress)
-            rate = len(losses) * config.batch_size / (time.perf_counter() - start)
-            broadcast_buffers(state.model)
-            result = evaluation.evaluate(state.evaluated, val_loader, device, config.amp)
-            close_epoch(state, folder, result, evaluation.METRICS, classes, losses, rate)
+            for lr in train_epoch(state, task, loader, epoch, rank, interruption):
+                folder.log(step=state.step - 1, epoch=epoch, loss=state.losses[-1], lr=lr, **checkpoints.costs())
+                progress.step(state.losses[-1], lr)
+                if interruption.agreed is not None or checkpoints.due():
+                    checkpoints.save(state.checkpoint(classes))
+                interruption.check()
+            state.share_buffers()
+            checkpoints.save(state.checkpoint(classes))  # the epoch is safe, whatever its evaluation meets
+            result = evaluation.evaluate(state.evaluated, interruption.watch(val_loader), device, config.amp)
+            best = close_epoch(state, result, evaluation.METRICS)
+            folder.log(**state.history[-1])
+            checkpoints.save(state.checkpoint(classes), best)
+            folder.plot()
             progress.epoch(state.history[-1], config.epochs, evaluation.METRICS)
-        progress.close()
         return state.history
-    finally:
-        leave_ranks()
 
 
-def train_epoch(state, task, loader, epoch, rank, folder, progress):
-    """One pass over the training images -> the loss of every step."""
+def train_epoch(state, task, loader, epoch, rank, interruption):
+    """Makes the steps of an epoch that are not made yet. Yields the learning rate of each, when it is made and `state`
+    may be saved."""
     config, model, optimizer, scaler = state.config, state.forward, state.optimizer, state.scaler
     steps = len(loader) // config.accumulate
-    torch.manual_seed(data.seed_of(config.seed, epoch, rank))
-    loader.batch_sampler.epoch = epoch
+    loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, (state.step - epoch * steps) * config.accumulate
     state.model.train()
-    batches, losses = iter(loader), []
+    batches, start = iter(loader), time.perf_counter() - state.seconds
 
-    for step in range(epoch * steps, min((epoch + 1) * steps, total_steps(steps, config))):
+    for step in range(state.step, min((epoch + 1) * steps, total_steps(steps, config))):
         lr = learning_rate(step, steps, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        loss = 0.0
+        # No state of a generator outlives a step, and so none is saved. 1: other seeds than those of images.
+        torch.manual_seed(data.seed_of(config.seed, epoch, step, rank, 1))
+        losses = []  # of the passes
         first = (step - epoch * steps) * config.accumulate  # pass of this step in the epoch
         for i, batch in enumerate(itertools.islice(batches, config.accumulate), first):
             rng = np.random.default_rng((config.seed, epoch, i, rank))
             last_pass = (i + 1) % config.accumulate == 0
             # Ranks exchange gradients in the last pass alone.
             with contextlib.nullcontext() if last_pass or state.world == 1 else model.no_sync():
-                part = task.loss(model, to_device(batch, state.device), config, rng) / config.accumulate
-                scaler.scale(part).backward()
-            loss = loss + part.detach()
+                loss = task.loss(model, to_device(batch, state.device), config, rng) / config.accumulate
+                scaler.scale(loss).backward()
+            losses.append(loss.detach())
 
         if config.clip_grad:
             scaler.unscale_(optimizer)
@@ -103,33 +124,31 @@ def train_epoch(state, task, loader, epoch, rank, folder, progress):
         optimizer.zero_grad(set_to_none=True)
         state.update_ema()
 
-        losses.append(mean_over_ranks(loss))  # all ranks see the same loss, so that all stop together
-        state.recent_losses.append(losses[-1])
-        check_finite(state.recent_losses, step, epoch, lr, folder)
-        folder.log(step=step, epoch=epoch, loss=losses[-1], lr=lr)
-        progress.step(losses[-1], lr)
-    return losses
+        state.losses.append(interruption.mean(sum(losses)))  # the same on all ranks, so that all stop together
+        check_finite(state.losses, step, epoch, lr, lambda: names_of(losses, first, loader))
+        state.step, state.seconds = step + 1, time.perf_counter() - start
+        yield lr
 
 
-def close_epoch(state, folder, result, metrics, classes, losses, rate):
-    """Adds an epoch to the history and the log, and writes last.pt and, if this is the best epoch so far, best.pt."""
+def close_epoch(state, result, metrics):
+    """Adds a row to the history -> whether this is the epoch for best.pt, so far."""
     chosen = next(iter(metrics))
     # NaN, of nothing to find, is written, too.
     best = not result[chosen] <= max((row[chosen] for row in state.history), default=-1.0)
-    best = best or state.config.select == "last"
     state.epoch += 1
-    row = {"epoch": state.epoch, "train_loss": sum(losses) / len(losses)}
+    row = {"epoch": state.epoch, "train_loss": sum(state.losses) / len(state.losses)}
     if "loss" in result:
         row["val_loss"] = result["loss"]
     row |= {metric: result[metric] for metric in metrics}
-    row |= {"images_per_s": rate, "memory": peak_memory(state.device)}
+    row |= {"images_per_s": len(state.losses) * state.config.batch_size / state.seconds,
+            "memory": peak_memory(state.device)}
     state.history.append(row)
-    folder.log(**row)
-    folder.save(state.checkpoint(classes), best)
+    state.losses, state.seconds = [], 0.0
+    return best or state.config.select == "last"
 
 
-def check_fit(config, images, classes, world):
-    """Raises ValueError when the data, the batches and the ranks of a run do not fit together."""
+def check_fit(config, images, classes, world, device):
+    """Raises ValueError when the data, the batches and the ranks of a run do not fit together. -> notes"""
     if config.batch_size % (config.accumulate * world):
         raise ValueError(f"batch_size = {config.batch_size} does not split into {config.accumulate} accumulated passes "
                          f"on {world} ranks; expected a multiple of {config.accumulate * world}")
@@ -138,12 +157,39 @@ def check_fit(config, images, classes, world):
                          f"--batch-size {images} or less")
     if config.num_classes < classes:
         raise ValueError(f"num_classes = {config.num_classes}, but the data has {classes}; expected at least as many")
+    if config.batch_size > config.accumulate * world:
+        return []
+    task = task_of(config.model)
+    if task == "segmentation" and (world == 1 or device.type == "cpu"):  # on GPUs it spans all ranks
+        raise ValueError(f"batch_size = {config.batch_size} is one image for each of {config.accumulate} accumulated "
+                         f"passes on {world} ranks, of which batch norm has no statistics; expected at least "
+                         f"{2 * config.accumulate * world}")
+    mixed = [name for name in ("mixup", "cutmix", "mix_token") if task == "classification" and getattr(config, name)]
+    return [f"without effect: {', '.join(mixed)}; a pass has one image, and no other to mix it with"] if mixed else []
 
 
-def check_finite(losses, step, epoch, lr, folder):
-    """Raises FloatingPointError when the last of `losses`, of the latest steps, is not a finite number."""
-    if not math.isfinite(losses[-1]):
-        last = ", ".join(f"{value:.4g}" for value in losses)
-        raise FloatingPointError(f"the loss of step {step} (epoch {epoch + 1}, lr {lr:.3g}) is {losses[-1]}; stopped. "
-                                 f"The last losses: {last}. {folder.path} keeps the last finished epoch; a smaller "
-                                 "--lr, a longer --warmup-epochs or --amp none may help")
+def check_finite(losses, step, epoch, lr, names):
+    """Raises FloatingPointError when the last of `losses`, of the steps of an epoch, is not a finite number.
+
+    names: function that gives the names of the images to blame, to be called by all ranks.
+    """
+    if math.isfinite(losses[-1]):
+        return
+    last, blamed = ", ".join(f"{value:.4g}" for value in losses[-8:]), names()
+    images = f"It is of {', '.join(blamed[:8])}{f' and {len(blamed) - 8} more' * (len(blamed) > 8)}. " if blamed else ""
+    raise FloatingPointError(f"the loss of step {step} (epoch {epoch + 1}, lr {lr:.3g}) is {losses[-1]}; stopped. "
+                             f"The last losses: {last}. {images}`--resume` goes on from the last checkpoint; a smaller "
+                             "--lr, a longer --warmup-epochs or --amp none may help")
+
+
+def names_of(losses, first, loader):
+    """Names of the images in those passes, from `first` on, whose loss is not finite, of all ranks; none where the data
+    set has no names.
+
+    losses: of a step's passes on this rank. The data set's name(index) is used where it has one.
+    """
+    name, sampler, names = getattr(loader.dataset, "name", None), loader.batch_sampler, []
+    for sampler.first, loss in enumerate(losses, first):
+        if name and not math.isfinite(loss):
+            names += [name(index) for _, index in next(iter(sampler))]
+    return gather(names)

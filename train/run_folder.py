@@ -1,89 +1,95 @@
-"""What a run leaves behind: config.yaml, log.jsonl, curves.png, last.pt to continue from and best.pt to use."""
+"""What a run leaves behind beside its checkpoints: config.yaml, log.jsonl, curves.png."""
 import contextlib
 import json
 import os
-import re
+from collections import Counter
 from pathlib import Path
 
-import torch
 import yaml
 from matplotlib.figure import Figure
 
 from train.config import to_dict
 from train.distributed import from_rank_0
-
-RUNS = Path("runs")
+from train.runs import find, has_checkpoint, make
 
 
 class RunFolder:
-    """The folder of one run. Rank 0 writes; on other ranks the writing methods do nothing.
+    """The folder of one run. Rank 0 writes; on other ranks the writing methods do nothing."""
 
-    A checkpoint is a dict of plain types and tensors, so that torch.load(weights_only=True) reads it: model, ema (or
-    None), config, classes, epoch (how many are finished) and history; last.pt also has optimizer and scaler.
-    """
-
-    def __init__(self, path, writes, metrics):
-        self.path, self.writes, self.metrics = Path(path), writes, metrics
+    def __init__(self, path, writes, metrics, resumes=False):
+        """path: None before make(). resumes: whether there is a checkpoint to continue from."""
+        self.path, self.writes, self.metrics, self.resumes = path and Path(path), writes, metrics, resumes
 
     @classmethod
     def open(cls, config, resume, rank, metrics):
-        """Finds or makes the folder on rank 0 and tells the others; an error there is raised on every rank."""
-        found = None
-        if rank == 0:
+        """Finds the folder to continue on rank 0, see runs.find, and tells the others; an error there is raised on
+        every rank. Without `resume`, and where there is nothing to resume yet, make() has to follow."""
+        found = None, False
+        if rank == 0 and resume:
             try:
-                found = _find(config, resume) if resume else _make(config)
+                path = find(config, resume)
+                found = path, path is not None and has_checkpoint(path)
             except (ValueError, OSError) as error:
                 found = error
-        return cls(from_rank_0(found), rank == 0, metrics)
+        path, resumes = from_rank_0(found)
+        return cls(path, rank == 0, metrics, resumes)
 
-    def load(self):
-        """The checkpoint last.pt."""
-        try:
-            return torch.load(self.path / "last.pt", map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged bytes make the unpickler raise anything
-            raise ValueError(f"--resume: {self.path / 'last.pt'} cannot be read ({error}); start a new run") from error
+    def make(self, config, resume):
+        """Makes a new folder, or takes that of a run without a checkpoint -> notes; an error on rank 0 is raised on
+        every rank."""
+        path = self.path
+        if self.writes and path is None:
+            try:
+                path = make(config, may_exist=bool(resume))
+            except (ValueError, OSError) as error:
+                path = error
+        self.path = Path(from_rank_0(path))
+        return ["nothing to resume yet: a new run"] if resume else []
 
-    def announce(self, config, notes, model, images, val_images, world, device, epoch):
-        """Prints what is about to happen, writes config.yaml, and drops what the log has beyond `epoch` epochs."""
+    def announce(self, config, notes, state, images, val_images, world, device):
+        """Prints what is about to happen, writes config.yaml, and drops what the log has beyond the steps and epochs of
+        `state`, a TrainingState, and files that were half written when the machine stopped."""
         text = yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=1000)
         replace_atomically(self.path / "config.yaml", lambda file: file.write(text.encode()))
-        self._truncate_log(epoch)
+        for file in self.path.glob("*.tmp"):
+            file.unlink()
+        kept = [row for row in read_log(self.path)
+                if (row["step"] < state.step if "step" in row else row["epoch"] <= state.epoch)]
+        replace_atomically(self.path / "log.jsonl",
+                           lambda file: file.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
         source = f"{config.data}" if config.data else "rendered scenes, because no --data was given"
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = sum(parameter.numel() for parameter in state.model.parameters())
         print(f"train {config.model}, attn {config.attn or 'default'}, {parameters:,} parameters, on {source}")
         print(f"  {images} training and {val_images} validation images of {config.num_classes} classes at "
               f"{config.img_size} px, {config.epochs} epochs in batches of {config.batch_size}, {world} x {device}")
         for note in notes:
             print("  " + note)
-        print(f"  {'continues after epoch ' + str(epoch) + ' in' if epoch else 'writes to'} {self.path}/")
+        done = f"continues after step {state.step:,}, in epoch {state.epoch + 1}, in"
+        print(f"  {done if state.step else 'writes to'} {self.path}/")
         print("configuration:\n" + "".join("  " + line + "\n" for line in text.splitlines()), flush=True)
 
-    def _truncate_log(self, epoch):
-        log = self.path / "log.jsonl"
-        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        kept = [row for row in rows if row["epoch"] < epoch or "step" not in row and row["epoch"] == epoch]
-        replace_atomically(log, lambda file: file.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
-
     def log(self, **row):
-        """One line of log.jsonl: a step (step, epoch from 0, loss, lr), or an epoch (epoch from 1, train_loss, val_loss
-        if the task has one, the metrics, images_per_s, memory in bytes)."""
+        """One line of log.jsonl.
+
+        A step: step, epoch from 0, loss, lr; saving_s, seconds, where checkpoints held it up. An epoch: epoch from 1,
+        train_loss, val_loss if the task has one, the metrics, images_per_s, memory in bytes.
+        """
         if self.writes:
             with naming(self.path / "log.jsonl"), open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def save(self, checkpoint, best):
-        if self.writes:
-            save_atomically(checkpoint, self.path / "last.pt")
-            if best:
-                weights = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "scaler")}
-                save_atomically(weights, self.path / "best.pt")
-            self.plot()
+    def sync_log(self):
+        """Puts the log on the disk."""
+        with naming(self.path / "log.jsonl"), open(self.path / "log.jsonl", "a") as file:
+            os.fsync(file.fileno())
 
     def plot(self):
         """curves.png: loss of every step and epoch, and the metrics, against epochs."""
-        rows = [json.loads(line) for line in (self.path / "log.jsonl").read_text().splitlines()]
+        if not self.writes:
+            return
+        rows = read_log(self.path)
         steps, epochs = [row for row in rows if "step" in row], [row for row in rows if "step" not in row]
-        per_epoch = len(steps) / len(epochs)
+        per_epoch = max(Counter(row["epoch"] for row in steps).values(), default=1)
         at = [row["epoch"] for row in epochs]
         figure = Figure(figsize=(10, 4), layout="constrained")
         losses, accuracy = figure.subplots(1, 2)
@@ -101,25 +107,20 @@ class RunFolder:
         for axes in (losses, accuracy):
             axes.grid(alpha=0.3)
             axes.legend()
-        figure.suptitle(self.path.name)
+        # As UTF-8, whatever the locale takes the name for; and a $ is a $.
+        figure.suptitle(os.fsencode(self.path.name).decode("utf-8", "replace"), parse_math=False)
         replace_atomically(self.path / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
 
 
-def save_atomically(state, path):
-    """torch.save that leaves either the old file or the whole new one, whenever the machine stops."""
-    def write(file):
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # it hides what the disk said behind an error of its own
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
-
-    replace_atomically(path, write)
+def notes_of(split, dataset):
+    """What a data set has to say about itself, such as what it leaves out: its attribute `notes`, a list of lines."""
+    return [f"{split}: {note}" for note in getattr(dataset, "notes", ())]
 
 
-def replace_atomically(path, write):
+def replace_atomically(path, write, previous=None):
     """write(file) into a binary file that takes the place of `path` when it is whole and on the disk.
 
-    Raises OSError, naming `path`.
+    previous: where the old file goes. Raises OSError, naming `path`.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # beside it: a rename between disks is not atomic
@@ -128,9 +129,22 @@ def replace_atomically(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_log(folder):
+    """The rows of a run's log.jsonl, dicts; none where there is no log. Left out are lines that a machine which stopped
+    did not write to their end: halves, and NULs."""
+    path, rows = Path(folder) / "log.jsonl", []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) and "epoch" in row else []
+    return rows
 
 
 @contextlib.contextmanager
@@ -140,44 +154,3 @@ def naming(path):
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-def _name(config):
-    data = Path(config.data).resolve().name if config.data else "scenes"
-    return "-".join(filter(None, [config.model, config.attn, data]))
-
-
-def _make(config):
-    """A new folder: --out, or the first free of runs/<name>, runs/<name>-2, ..."""
-    if config.out:
-        path = Path(config.out)
-        if (path / "log.jsonl").exists() or (path / "last.pt").exists():
-            raise ValueError(f"--out {path} already holds a run; "
-                             f"continue it with --resume {path}, or name another folder")
-        path.mkdir(parents=True, exist_ok=True)
-        return str(path)
-    number = 1
-    while True:
-        path = RUNS / (_name(config) + (f"-{number}" if number > 1 else ""))
-        try:
-            path.mkdir(parents=True)
-            return str(path)
-        except FileExistsError:
-            number += 1
-
-
-def _find(config, resume):
-    """The folder to continue: `resume` or --out where one is given, else the newest of this name with a checkpoint."""
-    if resume is True and not config.out:
-        numbered = re.compile(re.escape(_name(config)) + r"(-\d+)?")
-        found = [path.parent for path in RUNS.glob("*/last.pt") if numbered.fullmatch(path.parent.name)]
-        if not found:
-            raise FileNotFoundError(f"--resume: no run of {_name(config)} with a checkpoint in {RUNS}/; name its "
-                                    "folder, or start without --resume")
-        return str(max(found, key=lambda path: (path / "last.pt").stat().st_mtime))
-    path = Path(config.out if resume is True else resume)
-    path = path.parent if path.is_file() else path
-    if not (path / "last.pt").is_file():
-        raise FileNotFoundError(f"--resume {path}: no last.pt there; expected the folder of a run that finished at "
-                                "least one epoch")
-    return str(path)

@@ -98,6 +98,10 @@ class AugmentedPhotographs(Dataset):
     def __len__(self):
         return len(self.photographs)
 
+    def name(self, index):
+        """The file of a photograph, for errors."""
+        return str(getattr(self.photographs, "dataset", self.photographs).files[index][0])  # a Subset has the first
+
     def __getitem__(self, key):
         epoch, index = key
         pixels, labels, _ = self.photographs[index]

@@ -1,13 +1,12 @@
 """All that training changes: the model, its moving average, the optimiser, the scaler. What last.pt holds."""
-from collections import deque
-
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import create_model, load_weights
-from train.config import model_overrides, refuse_other, task_of, to_dict
+from train.config import model_overrides, refuse_other, refuse_other_classes, task_of, to_dict
 from train.device import memory_format, precision
+from train.distributed import broadcast_buffers
 from train.schedule import decay_groups
 
 
@@ -16,7 +15,8 @@ class TrainingState:
 
     model: the plain model. forward: the same, compiled and with gradients averaged over ranks as the Config says; made
     by wrap(). optimizer: AdamW. scaler: of the loss, for fp16. ema: moving average of the weights, or None. epoch: how
-    many are finished; history: a dict for each of them.
+    many are finished, trained and evaluated; history: a dict for each of them. step: how many are made, of all epochs
+    together; losses: of those of the epoch that is not finished; seconds: that these took.
     """
 
     def __init__(self, config, world, device, fresh=True):
@@ -42,7 +42,7 @@ class TrainingState:
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
             self.ema.n_averaged.fill_(1)  # not 0: every update averages, as published; the first would copy
         self.epoch, self.history = 0, []
-        self.recent_losses = deque(maxlen=8)  # of steps, for the message when one is not finite
+        self.step, self.losses, self.seconds = 0, [], 0.0
 
     def wrap(self):
         """torch.compile and DistributedDataParallel, last of all: they keep what they have seen of the model."""
@@ -51,27 +51,45 @@ class TrainingState:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=device_ids)
 
+    def unwrap(self):
+        """Drops what holds on to the group of ranks, which must not outlive it: a group whose last reference goes after
+        destroy_process_group() waits for a thread that waits for Python."""
+        self.forward = self.model
+
     @property
     def evaluated(self):
         """The model whose scores count: the moving average where there is one."""
         return self.ema.module if self.ema else self.model
+
+    def share_buffers(self):
+        """Gives all ranks rank 0's statistics of batch norm: what is evaluated is what is saved."""
+        broadcast_buffers(self.model)
+        if self.ema:
+            broadcast_buffers(self.ema.module)
 
     def update_ema(self):
         if self.ema:
             self.ema.update_parameters(self.model)
 
     def checkpoint(self, classes):
-        """A dict of plain types and tensors. classes: their names."""
+        """A dict of plain types and tensors. classes: their names. All that the rest of the run depends on: the random
+        numbers of a step follow from its number."""
         return {"model": self.model.state_dict(), "ema": self.ema.module.state_dict() if self.ema else None,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch,
-                "config": to_dict(self.config), "classes": classes, "history": self.history}
+                "config": to_dict(self.config), "classes": classes, "history": self.history,
+                "step": self.step, "losses": self.losses, "seconds": self.seconds}
 
-    def load(self, checkpoint):
-        """Raises ValueError when the checkpoint is of a run that was configured otherwise."""
-        refuse_other(self.config, checkpoint["config"])
+    def load(self, checkpoint, classes, steps):
+        """classes: names of those in the data; steps: of an epoch -> notes. Raises ValueError when the checkpoint is of
+        a run that was configured otherwise or had other classes."""
+        notes = refuse_other(self.config, checkpoint["config"])
+        refuse_other_classes(checkpoint["classes"], classes, self.config.data or "the rendered scenes")
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         if self.ema:
             self.ema.module.load_state_dict(checkpoint["ema"])
         self.epoch, self.history = checkpoint["epoch"], checkpoint["history"]
+        self.step = checkpoint.get("step", self.epoch * steps)  # older versions saved whole epochs alone
+        self.losses, self.seconds = checkpoint.get("losses", []), checkpoint.get("seconds", 0.0)
+        return notes
