@@ -107,10 +107,15 @@ def test_areas_that_are_missing_are_taken_from_the_mask_or_the_box(photos):
     with changed(photos) as content:
         first, second, third, *_ = [entry for entry in content["annotations"] if entry["image_id"] < 100]
         first["area"], second["area"] = 0, None
+        first["segmentation"] = [[5, 8, 25, 8, 25, 38]]  # half of its box
+        second["segmentation"] = [[30, 20, 45, 20, 45, 45, 30, 45]]
         del third["area"]
         third["segmentation"] = []
     folder = CocoFolder(photos, "train", "optional")
-    assert folder.areas.tolist()[:4] == [600, 375, 600, 375]
+    entry, = [entry for i in range(5) for entry in folder.annotations(i)
+              if entry["segmentation"] == [[5, 8, 25, 8, 25, 38]]]
+    assert 250 < entry["area"] < 350
+    assert sorted(folder.areas.tolist()) == [10, 10, entry["area"], 375, 375, 375, 375, 400, 600, 600, 600]
     assert folder.notes == ["masks: 1 of the 11 annotations have none: boxes alone, without mask loss and outside of "
                             "mask AP", "areas: 3 of the 11 annotations have none or 0: taken from their masks, or from "
                             "their boxes where there is no mask"]
@@ -211,6 +216,7 @@ FIELDS = {
             {"size": [60, 90], "counts": [3]}, {"size": [60, 90], "counts": "abc"}, {"size": [60, 90]},
             {"size": [60, 90], "counts": "a\u00e9"}, {"size": [60, 90], "counts": ""}, {"size": [60], "counts": [5400]},
             {"size": [5, 5], "counts": [25]}, {"size": [90, 60], "counts": [5400]},
+            {"size": [60, 91], "counts": [5460]}, {"size": [61, 90], "counts": [5490]},
             {"size": [60, 90], "counts": [5401, -1]}, {"size": [60, 90], "counts": [5400.0]},
             {"size": [10 ** 6, 10 ** 6], "counts": [10 ** 12]}, [["a", "b", 1, 2, 3, 4]], [1, 2, 3, 4, 5, 6], 7,
             [[1, 2, 3, 4, 5, float("nan")]], [[1, 2, 3, 4, 5, 1e9]], "polygon"]},
