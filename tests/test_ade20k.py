@@ -159,7 +159,8 @@ def test_predict_names_the_classes_and_their_shares(photos, trained, tmp_path):
     found = json.loads((tmp_path / "seen" / "0.json").read_text())["classes"]
     assert sum(entry["share"] for entry in found) == pytest.approx(1, abs=0.01)
     assert {entry["class"] for entry in found} <= {"red", "green", "blue"}
-    assert Image.open(tmp_path / "seen" / "0.png").size[0] > 256
+    with Image.open(tmp_path / "seen" / "0.png") as drawn:
+        assert drawn.width > 256
 
 
 def test_mistakes_in_the_commands_are_said(trained, capsys):

@@ -45,6 +45,8 @@ class Config:
     val_limit: int | None = key("data", None, "so many validation images, of all classes alike")
     exif: str = key("data", "apply", "where it is unclear whether annotations follow EXIF orientation: apply or ignore",
                     ("segmentation", "detection"))
+    masks: str = key("data", "required", "required: objects without a mask are refused; optional: they are boxes alone",
+                     "detection")
     zero_label: str = key("data", "ignore", "label 0: ignore, it is unlabelled; class, it is the first class",
                           "segmentation")
     bad_images: int | None = key("data", None, "unreadable training images that a run bears; null: 0.1 %, at least 10")
@@ -320,6 +322,7 @@ def check(config):
     expect(config.cosine_from in ("warmup", "zero"), "cosine_from", "warmup or zero")
     expect(config.lr_per in ("step", "epoch"), "lr_per", "step or epoch")
     expect(config.select in ("best", "last"), "select", "best or last")
+    expect(config.masks in ("required", "optional"), "masks", "required or optional")
     expect(config.exif in ("apply", "ignore"), "exif", "apply or ignore")
     expect(config.zero_label in ("ignore", "class"), "zero_label", "ignore or class")
     expect(config.bad_images is None or config.bad_images >= 0, "bad_images", "0 or more")
