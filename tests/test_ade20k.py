@@ -87,6 +87,11 @@ def test_multi_scale_and_flip_of_one_colour_are_that_colour():
     assert torch.allclose(found.sum(0), torch.ones(37, 53))
 
 
+def test_large_photographs_are_taken_in_strips():
+    strips = [strip.shape for _, strip in ade20k.predict(Colours(), [(torch.zeros(3, 4, 40), False)], (100, 60000))]
+    assert len(strips) == 3 and max(shape.numel() for shape in strips) <= ade20k.STRIP
+
+
 def test_mirrored_views_are_mirrored_back():
     pixels = np.zeros((16, 32, 3), np.uint8)
     pixels[:, :16, 0], pixels[:, 16:, 2] = 255, 255

@@ -125,7 +125,7 @@ def test_colours_differ():
 def test_letters_that_the_font_lacks_are_written_as_their_numbers():
     assert drawing.writable("Müll, Ёлка 50%") == "Müll, Ёлка 50%"
     assert drawing.writable("fu\u0308r") == "für"  # as file names of macOS have it
-    assert drawing.writable("犬 a\nb\udce9") == "U+72AC aU+000AbU+DCE9"
+    assert drawing.writable("犬 a\nb\udce9\u202e") == "U+72AC aU+000AbU+DCE9U+202E"
     lines = [(None, "ü"), (None, "u"), (None, "犬")]
     drawn = [np.asarray(drawing.with_legend(Image.new("RGB", (256, 30)), [line]))[:, 256:] for line in lines]
     tops = [np.flatnonzero((picture < 128).any((1, 2)))[0] for picture in drawn]
