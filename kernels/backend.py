@@ -2,7 +2,6 @@
 
 The kernels are imported on their first use: Triton has no packages for macOS and Windows, where the CPU path must work.
 """
-import contextlib
 import importlib.util
 import os
 
@@ -19,8 +18,8 @@ def uses_triton(x):
     it would be used and is not installed."""
     used = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     if used and not HAS_TRITON:
-        raise ModuleNotFoundError("triton is not installed, which GPUs and TRITON_INTERPRET=1 need; without that "
-                                  "variable CPUs do without", name="triton")
+        raise ModuleNotFoundError("triton is not installed, which GPUs and TRITON_INTERPRET=1 need: install it (pip "
+                                  "install triton); with TRITON_INTERPRET unset CPUs do without", name="triton")
     return used
 
 
@@ -28,8 +27,7 @@ def aggregation(v):
     """The module whose forward and backward aggregate v."""
     if not uses_triton(v):
         return cpu
-    with _triton_needed():
-        from kernels import aggregation
+    from kernels import aggregation
     return aggregation
 
 
@@ -40,21 +38,8 @@ def has_convolution(q, weight):
 
 def convolution():
     """The module whose forward and backward make the attention maps."""
-    with _triton_needed():
-        from kernels import convolution
+    from kernels import convolution
     return convolution
-
-
-@contextlib.contextmanager
-def _triton_needed():
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise ValueError("triton is not installed, and tensors on a GPU need it, as do those on a CPU while "
-                         "TRITON_INTERPRET=1 is set: install it (pip install triton), or unset TRITON_INTERPRET, for "
-                         "a CPU needs torch alone") from error
 
 
 def on_device_of(x):

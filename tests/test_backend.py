@@ -21,8 +21,8 @@ for call in (lambda: kernels.elsa_attention(v, logits, kernel_size=3),
              lambda: kernels.hadamard(q, q, torch.randn(8, 4, 3, 3), q[0, 0, 0])):
     try:
         call()
-    except ValueError as error:
-        print("pip install triton" in str(error) and "unset TRITON_INTERPRET" in str(error))
+    except ModuleNotFoundError as error:
+        print("pip install triton" in str(error) and "TRITON_INTERPRET unset" in str(error))
 """
 
 
