@@ -108,7 +108,7 @@ def _interpolate_tables(model, state, expected):
 
 def _read(path):
     try:
-        _check_sums(path)
+        check_archive(path)
         with torch.serialization.safe_globals(_data_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -124,9 +124,9 @@ def _read(path):
                          "again.") from error
 
 
-def _check_sums(path):
-    """Raises ValueError for an archive whose parts do not fit their checksums, which torch.load does not look at, and
-    for what would take memory without end."""
+def check_archive(path):
+    """Raises ValueError, or what zipfile raises, for an archive, as torch.save writes it, whose parts are not as they
+    were written, which torch.load does not look at, and for what would take memory without end."""
     if not zipfile.is_zipfile(path):
         return  # torch.save of long ago
     with zipfile.ZipFile(path) as archive:
@@ -136,9 +136,12 @@ def _check_sums(path):
         if not any(part.CRC for part in parts):
             for part in parts:
                 part.CRC = None  # torch.serialization.set_crc32_options(False): nothing to compare with
-        if archive.testzip():
-            raise ValueError("a checksum differs")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} does not fit")
         for part in parts:
+            if part.external_attr & 16:  # torch takes what is marked as a folder for zeros, or whatever is in memory
+                raise ValueError(f"the mark of {part.filename} does not fit")
             calls = rb"c(__builtin__|builtins)\nbytearray\n"
             if part.filename.endswith("data.pkl") and re.search(calls, archive.read(part)):
                 raise ValueError("GLOBAL builtins.bytearray")  # torch would make one of any length, and fill it

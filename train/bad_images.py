@@ -7,7 +7,7 @@ from pathlib import Path
 from torch.utils.data import Dataset, default_collate
 
 from train.distributed import gather
-from train.run_folder import naming
+from train.run_folder import naming, replace_atomically
 
 SHARE, LEAST = 0.001, 10  # of the training images, how many may be unreadable where --bad-images does not say
 
@@ -21,7 +21,7 @@ class Replacing(Dataset):
 
     def __init__(self, images, allowed):
         self.images, self.allowed = images, allowed
-        self.groups = getattr(images, "groups", None)
+        self.groups, self.name = getattr(images, "groups", None), getattr(images, "name", None)
 
     def __len__(self):
         return len(self.images)
@@ -33,7 +33,8 @@ class Replacing(Dataset):
             try:
                 return self.images[epoch, index], reasons
             except (ValueError, OSError) as error:
-                reasons.append(" ".join(str(error).split()))
+                # Names of files that are no UTF-8 with \x.., as they are read again from bad_images.txt.
+                reasons.append(" ".join(str(error).split()).encode("utf-8", "backslashreplace").decode())
                 if len(reasons) == len(self):
                     raise ValueError(f"none of the {len(self)} training images can be read; the last: {reasons[-1]}"
                                      ) from error
@@ -52,23 +53,33 @@ class BadImages:
 
     loader: of a Replacing. Stands for it: yields its batches, and takes note of what they lack. Raises ValueError when
     more than `allowed` images could not be read: as soon as one rank alone has met so many, at the end of an epoch for
-    all ranks together.
+    all ranks together. A resumed run counts on from bad_images.txt; what other ranks than 0 met in the epoch that was
+    cut counts when they meet it again.
     """
 
     def __init__(self, loader, folder, rank):
         self.loader, self.batch_sampler = loader, loader.batch_sampler
-        self.dataset, self.allowed = loader.dataset.images, loader.dataset.allowed
+        self.dataset, self.allowed = loader.dataset, loader.dataset.allowed
         self.file, self.writes = Path(folder) / "bad_images.txt", rank == 0
-        text = self.file.read_text(encoding="utf-8") if self.writes and self.file.exists() else ""
-        self.reasons = text.splitlines()  # of the part of the run before --resume
+        self.reasons = []
+        if self.writes and self.file.exists():  # of the part of the run before --resume
+            text = self.file.read_bytes().decode("utf-8", "replace")
+            text = text[:text.rfind("\n") + 1]  # a machine that stopped may have left half a line
+            replace_atomically(self.file, lambda file: file.write(text.encode()))
+            self.reasons = text.splitlines()
 
     def __len__(self):
         return len(self.loader)
 
     def __iter__(self):
-        for batch, reasons in self.loader:
-            self.note(reasons)
-            yield batch
+        # No generator of Python's: the loader's iterator draws from torch's generator when it is made, which has to be
+        # before the first step seeds it, for that step may be any of the epoch.
+        return map(self._noted, iter(self.loader))
+
+    def _noted(self, item):
+        batch, reasons = item
+        self.note(reasons)
+        return batch
 
     def note(self, reasons):
         new = [reason for reason in dict.fromkeys(reasons) if reason not in self.reasons]

@@ -3,11 +3,11 @@
 last.pt is to continue from, previous.pt is the one before it, best.pt is to use.
 """
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from models.weights import check_archive
 from train.distributed import from_rank_0, tensors_from_rank_0
 from train.run_folder import replace_atomically
 from train.runs import checkpoints
@@ -116,11 +116,7 @@ def read_whole(path):
 
     Raises anything for one that is damaged.
     """
-    with zipfile.ZipFile(path) as file:
-        part = file.testzip()
-        folders = [entry.filename for entry in file.infolist() if entry.external_attr]
-    if part or folders:  # torch takes a part that is marked as a folder for zeros, or whatever is in memory
-        raise ValueError(f"the {'checksum' if part else 'mark'} of {part or folders[0]} does not fit")
+    check_archive(path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     missing = NEEDED - set(checkpoint)
     if missing:
