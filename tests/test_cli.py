@@ -60,7 +60,7 @@ def test_train_scenes_eval_and_resume(tmp_path, monkeypatch, capsys):
 
     command = ["train", "swin_t", "--attn", "elsa", "--limit", "16", "--val-limit", "9", *TINY]
     monkeypatch.chdir(tmp_path)
-    assert main([*command, "--resume"]) == 0 and "continues after step 2, in epoch 2" in capsys.readouterr().out
+    assert main([*command, "--resume"]) == 0 and "all 2 steps are made" in capsys.readouterr().out
     assert main(command) == 0
     assert (tmp_path / "runs" / "swin_t-elsa-scenes-2" / "last.pt").exists(), "a second run overwrites nothing"
 
@@ -74,7 +74,7 @@ def test_resume_takes_the_runs_options_and_refuses_other_classes(tmp_path, photo
     assert "nothing to resume yet: a new run" in capsys.readouterr().out
     assert main([*command, "--resume", "--val-limit", "6"]) == 0
     out = capsys.readouterr().out
-    assert "continues after" in out and "img_size: 16" in out and "val_limit: 6" in out
+    assert "nothing is left to do" in out and "img_size: 16" in out and "val_limit: 6" in out
     for split in ("train", "test"):
         (data / split / "cat").rename(data / split / "puss")
     assert main(["train", "--resume", "runs/swin_t-elsa-photos"]) == 2
