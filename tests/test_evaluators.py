@@ -167,7 +167,7 @@ def test_eval_hands_on_what_was_asked_for(configuration, evaluation, model, monk
 @pytest.fixture
 def weights(tmp_path):
     """A checkpoint of a model that differs from the defaults in all that a checkpoint settles."""
-    config = tiny(num_classes=3, crop_pct=0.5, seed=5, batch_size=8, val_limit=7)
+    config = tiny(num_classes=3, crop_pct=0.5, seed=5, batch_size=8, val_limit=7, exif="ignore", zero_label="class")
     model = options.load_model(config, None)
     content = {"model": model.state_dict(), "ema": None, "config": to_dict(config), "classes": ["a", "b", "c"]}
     torch.save(content, tmp_path / "last.pt")
@@ -309,3 +309,9 @@ def test_without_a_checkpoint_sizes_are_those_of_the_recipe():
         assert config.img_size == recipe["img_size"] < photographs and classes is None
         assert options.settle({"model": model, "data": "there"}, None)[0].img_size == photographs
         assert options.settle({"model": model}, None, photographs=True)[0].img_size == photographs
+
+
+def test_more_classes_than_a_png_holds_are_not_dumped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", "upernet_swin_t", "--num-classes", "256", "--dump", "maps", "--device", "cpu"]) == 2
+    assert "256 classes; expected at most 255" in capsys.readouterr().err
