@@ -1,13 +1,17 @@
 """train/bad_images.py: training goes on past what cannot be read, alike at every run, and counts it."""
 import dataclasses
+import json
+import os
+import signal
 
 import pytest
 import torch
 
-from photographs import ade_folder, image_folder
+from photographs import ade_folder, coco_folder, image_folder
+from test_interruption import assert_same_run, train_until
 from train import classification, data
 from train.bad_images import BadImages, Replacing, allowed
-from training import over_ranks, segmenter, tiny, train
+from training import detector, over_ranks, segmenter, tiny, train
 
 
 @pytest.fixture
@@ -79,9 +83,28 @@ def test_more_than_allowed_end_the_run(photos, tmp_path):
     count = BadImages(loader, tmp_path, 0)
     count.note(["a", "b", "a"])
     count.note(["c", "b"])
-    assert BadImages(loader, tmp_path, 0).reasons == ["a", "b", "c"]  # of a resumed run
+    with open(tmp_path / "bad_images.txt", "a") as file:
+        file.write("half a li")
+    count = BadImages(loader, tmp_path, 0)
+    assert count.reasons == ["a", "b", "c"]  # of a resumed run
+    assert (tmp_path / "bad_images.txt").read_text() == "a\nb\nc\n"
     with pytest.raises(ValueError, match="4 training images could not be read; --bad-images allows 3. The last: d"):
         count.note(["d"])
+
+
+def test_names_that_are_no_utf_8_are_counted_once(tmp_path):
+    class Photographs(list):
+        def __getitem__(self, key):
+            if key[1] == 0:
+                raise OSError("\udcff.jpg\ncannot be read")
+            return torch.zeros(3), 0
+
+    for _ in range(2):  # a run, and it resumed
+        loader = data.training_loader(Replacing(Photographs([0] * 8), 10), tiny(batch_size=8, workers=0), 0, 1)
+        loader = BadImages(loader, tmp_path, 0)
+        list(loader)
+        assert loader.reasons == [r"\udcff.jpg cannot be read"]
+    assert (tmp_path / "bad_images.txt").read_text() == "\\udcff.jpg cannot be read\n"
 
 
 @pytest.mark.parametrize("given, images, expected", [(None, 100, 10), (None, 10_000, 10), (None, 1_281_167, 1281),
@@ -107,3 +130,51 @@ def test_damaged_label_maps_are_replaced_too(tmp_path):
     assert "training/3.png cannot be read" in line
     with pytest.raises(ValueError, match="--bad-images allows 0.*training/3.png"):
         train(segmenter(data=str(photos), limit=None, epochs=1, batch_size=5, bad_images=0, out=str(tmp_path / "two")))
+
+
+def damaged_classes(root):
+    image_folder(root, {"train": 6, "val": 3})
+    (root / "train" / "cat" / "5.jpg").write_bytes(b"junk")
+    return tiny(batch_size=4, seed=7, drop_path_rate=0.2), ["cat/5.jpg"]
+
+
+def damaged_label_maps(root):
+    ade_folder(root, training=6)
+    (root / "annotations" / "training" / "3.png").write_bytes(b"junk")
+    (root / "images" / "training" / "1.jpg").write_bytes(b"")
+    return segmenter(batch_size=2), ["training/3.png", "training/1.jpg"]
+
+
+def damaged_objects(root):
+    """Objects of another photograph than the one that is there, and one that is damaged."""
+    coco_folder(root)
+    (root / "train2017" / "1.png").write_bytes((root / "train2017" / "0.png").read_bytes())
+    (root / "train2017" / "2.png").write_bytes(b"junk")
+    return detector(batch_size=1), ["1.png", "2.png"]
+
+
+def test_a_damaged_run_length_code_is_found_before_the_first_step(tmp_path):
+    file = coco_folder(tmp_path / "coco") / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    objects = [annotation for annotation in content["annotations"] if "counts" in annotation["segmentation"]]
+    objects[1]["segmentation"]["counts"] = objects[1]["segmentation"]["counts"][:-1]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{file}: annotations, id {objects[1]['id']}: segmentation is"):
+        train(detector(data=str(tmp_path / "coco"), limit=None, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damaged", [damaged_classes, damaged_label_maps, damaged_objects])
+def test_a_run_that_met_them_resumes_bit_identical(tmp_path, damaged, capsys):
+    config, names = damaged(tmp_path / "data")
+    config = dataclasses.replace(config, data=str(tmp_path / "data"), limit=None, epochs=1, workers=0)
+    whole, cut = (dataclasses.replace(config, out=str(tmp_path / name)) for name in ("whole", "cut"))
+    train(whole)
+    with pytest.raises(SystemExit):
+        train_until(dataclasses.replace(cut), 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train(cut, resume=True)
+    assert_same_run(whole.out, cut.out)
+    met = [(tmp_path / name / "bad_images.txt").read_text().splitlines() for name in ("whole", "cut")]
+    assert met[0] == met[1] and len(met[0]) == len(names)
+    assert all(any(name in line for line in met[0]) for name in names)
+    assert capsys.readouterr().out.count(f"{len(names)} training images could not be read") == 2

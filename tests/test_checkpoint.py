@@ -61,6 +61,11 @@ def test_every_damage_is_found_or_harmless(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="mark of archive/data/1"):
         read_whole(path)
+    content = bytearray(whole)
+    content[whole.index(b"archive/data/1") + 80] ^= 16
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="checksum of archive/data/1"):
+        read_whole(path)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path):

@@ -110,6 +110,21 @@ def test_damaged_files(seed, tmp_path):
     assert fuzz(50, seed, tmp_path) > 25
 
 
+def test_what_torch_would_read_as_zeros_or_without_end_is_refused(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(Small().state_dict(), path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"weights/data/1", content.index(b"PK\1\2")) - 8] ^= 16  # a folder
+    with zipfile.ZipFile(path) as file, zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in file.namelist():
+            small.writestr(name, file.read(name))
+    path.write_bytes(content)
+    for name, reason in (("weights.pt", "mark of weights/data/1"), ("small.pt", "compressed")):
+        with pytest.raises(ValueError, match="damaged") as error:
+            load_weights(Small(), tmp_path / name)
+        assert reason in str(error.value.__cause__)
+
+
 @pytest.mark.parametrize("change", [
     lambda state: state | {"head.weight": torch.zeros(1).expand(2 ** 40)},
     lambda state: state | {"pos_embed": torch.zeros(1).expand(1, 2 ** 20, 2 ** 20, 3)},

@@ -1,4 +1,5 @@
 """Runs that are stopped, by a signal or by their machine, at any moment: they go on bit-identical."""
+import errno
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ import torch
 from eval import imagenet
 from eval.tasks import task_of
 from test_tokens import VOLO
+from train import checkpoint as module
 from train import classification, loop, runs
 from train.checkpoint import read_whole
 from train.config import KEYS, Config
@@ -54,8 +56,8 @@ def assert_same_run(whole, cut):
     assert first == second
 
 
-def train_until(config, at, act):
-    """Trains, and does `act` in the middle of step `at`, counted from 1."""
+def train_until(config, at, act, **options):
+    """Trains, and does `act` in the middle of step `at` of those made here, counted from 1."""
     task, passes = task_of(config.model), []
 
     def loss(*arguments):
@@ -64,71 +66,75 @@ def train_until(config, at, act):
             act()
         return task.training.loss(*arguments)
     training = SimpleNamespace(datasets=task.training.datasets, loss=loss)
-    return loop.train(config, training, task.evaluation)
+    return loop.train(config, training, task.evaluation, **options)
 
 
-@pytest.fixture(scope="module", params=RUNS)
-def whole(request, tmp_path_factory):
-    """(configuration, folder of a run that nothing interrupts), three steps an epoch, two epochs."""
-    folder = tmp_path_factory.mktemp(request.param) / "whole"
-    train(replace(RUNS[request.param][0], out=str(folder)))
-    return request.param, folder
-
-
-def test_a_signal_lets_the_step_end_and_saves(whole, tmp_path, capfd):
-    config, name, at = RUNS[whole[0]]
-    config, number = replace(config, out=str(tmp_path / "cut")), getattr(signal, name)
+@pytest.mark.parametrize("name", RUNS)
+def test_stopped_by_a_signal_and_then_without_power_a_run_ends_as_if_nothing_had_been(name, tmp_path, capfd):
+    """Three steps an epoch, two epochs."""
+    config, signal_name, at = RUNS[name]
+    train(replace(config, out=str(tmp_path / "whole")))
+    cut = tmp_path / "cut"
+    config, number = replace(config, out=str(cut), save_minutes=0), getattr(signal, signal_name)
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop:
-        train_until(replace(config), at, lambda: os.kill(os.getpid(), number))
+        train_until(replace(config, save_minutes=15), at, lambda: os.kill(os.getpid(), number))
     assert stop.value.code == STATUS[number] and signal.getsignal(number) == before
     printed = capfd.readouterr()
     assert f"stopped by {number.name} and saved" in printed.out and f"{number.name}: stops when" in printed.err
-    saved = checkpoint(tmp_path / "cut")
+    saved = checkpoint(cut)
     assert saved["step"] == at and saved["epoch"] == (at - 1) // 3 and len(saved["losses"]) == (at - 1) % 3 + 1
-    train(config, resume=True)
-    assert f"continues after step {at}" in capfd.readouterr().out
-    assert_same_run(whole[1], tmp_path / "cut")
-
-
-def test_checkpoints_by_time_serve_when_the_power_fails(whole, tmp_path):
-    config = replace(RUNS[whole[0]][0], out=str(tmp_path / "cut"), save_minutes=0)
 
     def fail():
         raise InterruptedError("power cut")
     with pytest.raises(InterruptedError):
-        train_until(replace(config), 5, fail)
-    saved = checkpoint(tmp_path / "cut")
-    assert 3 <= saved["step"] <= 4
-    with open(tmp_path / "cut" / "log.jsonl", "a") as log:
+        train_until(replace(config), 5 - at, fail, resume=True)
+    assert f"continues after step {at}" in capfd.readouterr().out
+    assert 3 <= checkpoint(cut)["step"] <= 4
+    with open(cut / "log.jsonl", "a") as log:
         log.write('{"step": 4, "epoch": 1, "loss": 9.0}\n{"step": 5, "epo')
-    with open(tmp_path / "cut" / "log.jsonl", "ab") as log:
+    with open(cut / "log.jsonl", "ab") as log:
         log.write(b"\n" + bytes(300) + b"\n[]\n7")
-    (tmp_path / "cut" / "last.pt.1.tmp").touch()
+    (cut / "last.pt.1.tmp").touch()
     train(config, resume=True)
-    assert_same_run(whole[1], tmp_path / "cut")
-    assert not list((tmp_path / "cut").glob("*.tmp"))
+    assert_same_run(tmp_path / "whole", cut)
+    assert not list(cut.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("fault", [lambda: os.kill(os.getpid(), signal.SIGTERM), lambda: [][0]])
-def test_an_epoch_survives_its_evaluation(tmp_path, monkeypatch, fault):
-    config = tiny(epochs=2)
+def test_an_epoch_survives_its_evaluation(tmp_path, monkeypatch):
+    config = tiny(epochs=1)
     train(replace(config, out=str(tmp_path / "whole")))
-    evaluate = imagenet.evaluate
+    for fault in (lambda: os.kill(os.getpid(), signal.SIGTERM), lambda: [][0]):
+        def stopped(model, loader, *arguments, fault=fault, evaluate=imagenet.evaluate):
+            assert len(loader) == 2
+            fault()
+            return evaluate(model, loader, *arguments)
+        cut = tmp_path / str(len(list(tmp_path.iterdir())))
+        with monkeypatch.context() as patch, pytest.raises((SystemExit, IndexError)):
+            patch.setattr(imagenet, "evaluate", stopped)
+            train(replace(config, out=str(cut)))
+        saved = checkpoint(cut)
+        assert saved["step"] == len(saved["losses"]) == 3 and saved["epoch"] == 0 and not saved["history"]
+        assert not (cut / "best.pt").exists()
+        train(replace(config, out=str(cut)), resume=True)
+        assert_same_run(tmp_path / "whole", cut)
 
-    def stopped(model, loader, *arguments):
-        assert len(loader) == 2
-        fault()
-        return evaluate(model, loader, *arguments)
-    monkeypatch.setattr(imagenet, "evaluate", stopped)
-    with pytest.raises((SystemExit, IndexError)):
-        train(replace(config, out=str(tmp_path / "cut")))
-    saved = checkpoint(tmp_path / "cut")
-    assert saved["step"] == len(saved["losses"]) == 3 and saved["epoch"] == 0 and not saved["history"]
-    assert not (tmp_path / "cut" / "best.pt").exists()
-    monkeypatch.setattr(imagenet, "evaluate", evaluate)
-    train(replace(config, out=str(tmp_path / "cut")), resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+def test_a_full_disk_ends_the_epoch_that_meets_it(tmp_path, monkeypatch):
+    """What the writer's thread meets is said in the next steps, not when the epoch is saved."""
+    written, save = [], module.save_atomically
+
+    def full(state, path, *rest):
+        written.append(path.name)
+        if len(written) > 2:  # last.pt before an evaluation, best.pt after it
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(state, path, *rest)
+    monkeypatch.setattr(module, "save_atomically", full)
+    slow = lambda: time.sleep(0.5)  # noqa: E731
+    with pytest.raises(OSError) as error:
+        train_until(tiny(epochs=2, out=str(tmp_path / "run")), 4, slow)
+    assert error.value.filename == str(tmp_path / "run" / "last.pt") and written == ["last.pt", "best.pt", "last.pt"]
+    assert [row["step"] for row in rows(tmp_path / "run") if "step" in row] == [0, 1, 2, 3]
 
 
 def test_the_rate_of_an_epoch_is_of_both_its_parts(tmp_path, monkeypatch):
@@ -142,10 +148,13 @@ def test_the_rate_of_an_epoch_is_of_both_its_parts(tmp_path, monkeypatch):
 
 
 def test_the_second_ctrl_c_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), Interruption(0, 1, CPU):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
+    with Interruption(0, 1, CPU) as interruption:
+        signals = [signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM]
+        for number in signals:  # a cluster may send its own again
+            os.kill(os.getpid(), number)
+        assert interruption.asked == signals
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_signal_to_one_rank_stops_all():
@@ -187,7 +196,7 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from test_interruption import tiny, train_until
 from run import main
 import run
-run.train = lambda argv: train_until(tiny(out={str(tmp_path / "run")!r}, workers=2, epochs=1), 1,
+run.train = lambda argv: train_until(tiny(out={str(tmp_path / "run")!r}, workers=1, epochs=1), 1,
                                      lambda: os.killpg(0, signal.SIGTERM))
 run.COMMANDS["train"] = run.train
 sys.exit(main(["train"]))
@@ -202,15 +211,18 @@ import os, signal, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from dataclasses import replace
 from test_interruption import VOLO, Config, train, train_until
-config = Config(**{{**VOLO, "ema": 0.5, "accumulate": 2, "batch_size": 8, "epochs": 2}})
+config = Config(**{{**VOLO, "ema": 0.5, "accumulate": 2, "batch_size": 8, "epochs": 1}})
 rank = int(os.environ["RANK"])
+attempt = "TORCHELASTIC_RESTART_COUNT"  # each run a rendezvous of its own: the addresses of one are stale in the next
 train(replace(config, out={out!r} + "/whole"))
+os.environ[attempt] = "1"
 try:
     train_until(replace(config, out={out!r} + "/cut"), 1, lambda: rank and os.kill(os.getpid(), signal.SIGTERM))
     status = 0
 except SystemExit as stop:
     status = stop.code
 assert status == 143, status
+os.environ[attempt] = "2"
 train(replace(config, out={out!r} + "/cut"), resume=True)
 """
 
