@@ -47,7 +47,8 @@ def test_train_scenes_eval_and_resume(tmp_path, monkeypatch, capsys):
     out = succeed(tmp_path, "train", "swin_t", "--attn", "elsa", "--limit", "16", "--val-limit", "9", *TINY)
     assert "rendered scenes" in out and "epoch 1/1" in out and "batch_size: 8" in out
     folder = tmp_path / "runs" / "swin_t-elsa-scenes"
-    assert {path.name for path in folder.iterdir()} == {"last.pt", "best.pt", "log.jsonl", "curves.png", "config.yaml"}
+    assert {path.name for path in folder.iterdir()} == {"last.pt", "previous.pt", "best.pt", "log.jsonl", "curves.png",
+                                                        "config.yaml"}
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["batch_size"] == 8 and config["num_classes"] == 8
     assert torch.load(folder / "best.pt", weights_only=True)["config"] == config
@@ -59,7 +60,7 @@ def test_train_scenes_eval_and_resume(tmp_path, monkeypatch, capsys):
 
     command = ["train", "swin_t", "--attn", "elsa", "--limit", "16", "--val-limit", "9", *TINY]
     monkeypatch.chdir(tmp_path)
-    assert main([*command, "--resume"]) == 0 and "continues after epoch 1" in capsys.readouterr().out
+    assert main([*command, "--resume"]) == 0 and "all 2 steps are made" in capsys.readouterr().out
     assert main(command) == 0
     assert (tmp_path / "runs" / "swin_t-elsa-scenes-2" / "last.pt").exists(), "a second run overwrites nothing"
 
@@ -73,7 +74,7 @@ def test_resume_takes_the_runs_options_and_refuses_other_classes(tmp_path, photo
     assert "nothing to resume yet: a new run" in capsys.readouterr().out
     assert main([*command, "--resume", "--val-limit", "6"]) == 0
     out = capsys.readouterr().out
-    assert "continues after" in out and "img_size: 16" in out and "val_limit: 6" in out
+    assert "nothing is left to do" in out and "img_size: 16" in out and "val_limit: 6" in out
     for split in ("train", "test"):
         (data / split / "cat").rename(data / split / "puss")
     assert main(["train", "--resume", "runs/swin_t-elsa-photos"]) == 2
@@ -123,10 +124,10 @@ def test_corrupt_photo_is_named_by_a_worker(tmp_path, photos):
     for path in photos.rglob("*.*"):
         copy = bad / path.relative_to(photos)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(b"not an image" if path.match("train/cat/0.png") else path.read_bytes())
+        copy.write_bytes(b"not an image" if path.match("test/cat/0.png") else path.read_bytes())
     result = run(tmp_path, "train", "swin_t", "--data", bad, *TINY, "--batch-size", "12", "--workers", "1")
     last = result.stderr.splitlines()[-1]
-    assert result.returncode == 2 and re.match(r"error: \S+/train/cat/0.png cannot be read as an image", last)
+    assert result.returncode == 2 and re.match(r"error: \S+/test/cat/0.png cannot be read as an image", last)
     assert "Traceback" not in result.stderr
 
 

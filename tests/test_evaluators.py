@@ -167,7 +167,7 @@ def test_eval_hands_on_what_was_asked_for(configuration, evaluation, model, monk
 @pytest.fixture
 def weights(tmp_path):
     """A checkpoint of a model that differs from the defaults in all that a checkpoint settles."""
-    config = tiny(num_classes=3, crop_pct=0.5, seed=5, batch_size=8, val_limit=7)
+    config = tiny(num_classes=3, crop_pct=0.5, seed=5, batch_size=8, val_limit=7, exif="ignore", zero_label="class")
     model = options.load_model(config, None)
     content = {"model": model.state_dict(), "ema": None, "config": to_dict(config), "classes": ["a", "b", "c"]}
     torch.save(content, tmp_path / "last.pt")

@@ -131,8 +131,9 @@ def test_whole_files_are_refused_in_words_of_their_own(tmp_path, name, pixels, w
     if pixels is not None:
         saved(path, pixels)
     elif "bomb" in name:
-        header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)))
+        chunks = (b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(100)))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks))
     else:
         path.mkdir()
     with pytest.raises((ValueError, IsADirectoryError), match=words) as error:

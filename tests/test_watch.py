@@ -66,7 +66,12 @@ def one_hangs(rank, job):
 
 
 def one_does_not_come(rank, job):
-    job.from_rank_0(lambda: [time.sleep(0.05 + random.random() / 10) or [random.random()] for _ in range(1000)])
+    job.from_rank_0(lambda: [deep(random.randrange(100)) for _ in range(100_000)])
+
+
+def deep(depth):
+    """Hardly ever found at the same place twice."""
+    time.sleep(0.002) if depth == 0 else deep(depth - 1)
 
 
 def one_stopped(rank, _):
