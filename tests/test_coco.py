@@ -172,6 +172,10 @@ def test_ids_are_dumped_as_they_were(tmp_path):
     found = [(entry["image_id"], entry["category_id"], pytest.approx(entry["bbox"], abs=1e-3))
              for entry in json.loads(dump.read_text())]
     assert sorted(expected, key=str) == sorted(found, key=lambda entry: str((*entry[:2], entry[2].expected)))
+    # What a model has beyond the classes of the data has no id.
+    entries = [{"image_id": 0, "category_id": label, "segmentation": {"counts": b""}} for label in (2, 3, 4)]
+    coco.write_results(entries, validation, dump)
+    assert [entry["category_id"] for entry in json.loads(dump.read_text())] == [90]
 
 
 def without_masks(photographs, of):

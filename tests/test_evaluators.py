@@ -167,7 +167,8 @@ def test_eval_hands_on_what_was_asked_for(configuration, evaluation, model, monk
 @pytest.fixture
 def weights(tmp_path):
     """A checkpoint of a model that differs from the defaults in all that a checkpoint settles."""
-    config = tiny(num_classes=3, crop_pct=0.5, seed=5, batch_size=8, val_limit=7, exif="ignore", zero_label="class")
+    config = tiny(num_classes=3, crop_pct=0.5, seed=5, batch_size=8, val_limit=7, masks="optional", exif="ignore",
+                  zero_label="class")
     model = options.load_model(config, None)
     content = {"model": model.state_dict(), "ema": None, "config": to_dict(config), "classes": ["a", "b", "c"]}
     torch.save(content, tmp_path / "last.pt")
@@ -180,6 +181,7 @@ def test_the_checkpoint_settles_the_model_and_the_command_line_the_rest(weights)
     assert classes == ["a", "b", "c"] and config.model == "swin_t" and config.amp == "bf16"
     for name in options.TRAINED:
         assert getattr(config, name) == getattr(trained, name) != getattr(Config(), name), name
+    assert {"masks", "exif", "zero_label"} <= {*options.TRAINED}  # what labels mean
     assert (config.val_limit, config.batch_size, config.device) == (None, 128, "auto")
     loaded = options.load_model(config, path).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
