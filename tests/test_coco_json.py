@@ -61,3 +61,14 @@ def test_runs_are_those_of_pycocotools(seed, H, W, share):
     assert coco_json.runs_of(b"P" * 6 + b"0").tolist() == [0]
     with pytest.raises(ValueError, match="beyond all images"):
         coco_json.runs_of(b"P" * 7 + b"0")
+
+
+def test_what_is_damaged_is_read_to_its_end_in_growing_pieces(tmp_path, monkeypatch):
+    """And not tried again after every little piece: of a file of 400 MB that takes hours."""
+    tries, decode = [], coco_json._Text.decode
+    monkeypatch.setattr(coco_json._Text, "decode", staticmethod(lambda *text: tries.append(1) or decode(*text)))
+    monkeypatch.setattr(coco_json, "READ_AT_ONCE", 1)
+    (tmp_path / "x.json").write_text('{"images": [{"id": ?' + 1000 * " " + "}]}")
+    with pytest.raises(json.JSONDecodeError):
+        [*coco_json.entries(tmp_path / "x.json")]
+    assert len(tries) < 40
