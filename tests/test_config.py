@@ -16,6 +16,7 @@ from train.config import (
     check,
     published,
     read_recipe,
+    refuse_other,
     refuse_other_classes,
     resolve,
     to_dict,
@@ -63,7 +64,7 @@ def test_values_of_the_wrong_type_are_named(option, value):
 
 
 @pytest.mark.parametrize("options", [dict(epochs=0), dict(scale=(0.5, 0.2)), dict(amp="fp8"), dict(ema=1.0),
-                                     dict(decay="all"), dict(epochs=3, warmup_epochs=3)])
+                                     dict(decay="all"), dict(epochs=3, warmup_epochs=3), dict(seed=2 ** 63)])
 def test_values_out_of_range_are_named(options):
     with pytest.raises(ValueError, match=f"{list(options)[-1]} = "):
         resolve(options)
@@ -180,6 +181,8 @@ def test_what_would_change_a_resumed_run_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         parse_train(["--resume", str(tmp_path / "run"), "--lr", "1e-3", "--betas", "0.9,0.99", "--workers", "2"])
     assert "workers" not in str(error.value).split("What may change")[0] and "--val-limit" in str(error.value)
+    with pytest.raises(ValueError, match="save_minutes = -1.0 does not fit"):
+        parse_train(["--resume", str(tmp_path / "run"), "--save-minutes", "-1"])
     with pytest.raises(ValueError, match="--model 'swin_t' -> 'swin_s'"):
         parse_train(["swin_s", "--resume", str(tmp_path / "run")])
 
@@ -191,6 +194,15 @@ def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(tmp_path):
     assert "older than these options, which have their defaults: lr_per 'step', select 'best'" in notes[1]
     with pytest.raises(ValueError, match="--select 'best' -> 'last'"):
         parse_train(["--resume", str(tmp_path / "run"), "--select", "last"])
+
+
+def test_a_checkpoint_that_is_older_than_an_option_goes_on_with_its_default():
+    saved = to_dict(Config())
+    for name in ("select", "workers", "save_minutes"):
+        del saved[name]
+    config = Config(select="last", workers=3, save_minutes=1.0)
+    assert refuse_other(config, saved) == ["select = 'best', the default: the run is older than this option"]
+    assert (config.select, config.workers, config.save_minutes) == ("best", 3, 1.0)
 
 
 def test_a_recipe_given_beside_resume_counts(tmp_path, monkeypatch):

@@ -151,6 +151,8 @@ def test_long_names_stand_beside_and_short_ones_inside():
         assert ((drawn[172:190, 240:300] == drawing.colour(0)).all(-1).mean() > 0.5) == inside
         if inside:  # all of it
             left = np.flatnonzero((drawn[174] == drawing.colour(0)).all(-1))[0]
+            drawn = np.asarray(drawing.draw_objects(black, [{**ant, "box": [0, 0, 99, 50]}], [black[..., 0] > 0]))
+            assert drawn[17, 60].tolist() == list(drawing.colour(0))
             assert abs(left - (300 - drawing.font().getlength("ant 100%") - 4)) < 2
 
 
@@ -218,6 +220,9 @@ def test_results_of_one_name_get_suffixes_or_folders(tmp_path, monkeypatch):
     assert names("c/../d/a.png", "d/a.png", "c/d/a.png") == [f"{whole}-d-a.png", "d-a.png", f"{whole}-c-d-a.png"]
     Path("a.json").write_text('{"image": "x.png", "model": "of another program"}')
     assert predict.predicted(Path("a.json")) is None
+    Path("out").mkdir()
+    Path("out", "f.json").write_text('{"image": "gone/f.png", "model": "swin_t", "top5": []}')
+    assert names("f.png") == ["f.png"]
 
 
 def test_damaged_photographs_end_nothing_and_are_named(command, capsys):

@@ -45,6 +45,10 @@ def error_of_all(rank, _):
     fail(ValueError("the batch does not fit"))
 
 
+def errors_of_each(rank, _):
+    fail(ValueError(f"the batch of {rank} does not fit"))
+
+
 def death_of_one(rank, _):
     kill_me() if rank == 1 else wait()
 
@@ -158,6 +162,7 @@ DIED = "died: killed, out of memory or its machine lost; the log of that machine
     (error_of_one, [2, 2, 2], NAME.format(2) + "[Errno 28] No space left on device"),
     (error_of_rank_0, [2, 2, 2], NAME.format(0) + "'x'"),
     (error_of_all, [2, 2, 2], "error: the batch does not fit"),
+    (errors_of_each, [2, 2, 2], "error: rank "),
     (death_of_one, [2, -9, 2], NAME.format(1) + DIED),
     (death_of_rank_0, [-9, 2, 2], NAME.format(0) + DIED),
     (death_and_what_follows, [2, -9, 2], NAME.format(1) + DIED),
