@@ -15,7 +15,7 @@ from train import coco_json
 def test_entries_are_read_alike_in_pieces_of_any_size(tmp_path, monkeypatch, size):
     monkeypatch.setattr(coco_json, "READ_AT_ONCE", size)
     content = {"info": {"a": [1, {"b": "}]"}]}, "images": [{"id": 1.25}, 1234567, "é\"\\"], "n": 123, "x": None,
-               "annotations": [], "categories": [[]], "last": -1.5e3}
+               "annotations": [], "categories": [[]], "last": -1.5e-7}
     file = tmp_path / "x.json"
     for text in (json.dumps(content), json.dumps(content, indent=3, ensure_ascii=False)):
         for encoding in ("utf-8", "utf-8-sig"):

@@ -181,8 +181,6 @@ def test_what_would_change_a_resumed_run_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         parse_train(["--resume", str(tmp_path / "run"), "--lr", "1e-3", "--betas", "0.9,0.99", "--workers", "2"])
     assert "workers" not in str(error.value).split("What may change")[0] and "--val-limit" in str(error.value)
-    with pytest.raises(ValueError, match="save_minutes = -1.0 does not fit"):
-        parse_train(["--resume", str(tmp_path / "run"), "--save-minutes", "-1"])
     with pytest.raises(ValueError, match="--model 'swin_t' -> 'swin_s'"):
         parse_train(["swin_s", "--resume", str(tmp_path / "run")])
 
@@ -227,6 +225,9 @@ def test_a_damaged_or_younger_configuration_is_named(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text("epochs: [1")
     with pytest.raises(ValueError, match="config.yaml is not valid YAML"):
         parse_train(["--resume", str(tmp_path / "run")])
+    saved(tmp_path / "edited", lr=-1.0)
+    with pytest.raises(ValueError, match="lr = -1.0 does not fit"):
+        parse_train(["--resume", str(tmp_path / "edited")])
 
 
 def test_classes_of_a_checkpoint_are_compared_in_order():
