@@ -314,3 +314,9 @@ def test_without_a_checkpoint_sizes_are_those_of_the_recipe():
         assert config.img_size == recipe["img_size"] < photographs and classes is None
         assert options.settle({"model": model, "data": "there"}, None)[0].img_size == photographs
         assert options.settle({"model": model}, None, photographs=True)[0].img_size == photographs
+
+
+def test_more_classes_than_a_png_holds_are_not_dumped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", "upernet_swin_t", "--num-classes", "256", "--dump", "maps", "--device", "cpu"]) == 2
+    assert "256 classes; expected at most 255" in capsys.readouterr().err
