@@ -201,10 +201,14 @@ def part(monkeypatch, **state):
 
 
 def test_who_has_stood_for_longest_and_does_not_wait_is_named(monkeypatch):
-    stands = [(700, True), (610, False), (650, False)]
-    job, ended = part(monkeypatch, answers={rank: {"seconds": seconds, "waits": waits, "where": f"line {rank}"}
-                                            for rank, (seconds, waits) in enumerate(stands)})
-    job._blame()
+    stands = [{"seconds": seconds, "waits": waits, "where": f"line {rank}"}
+              for rank, (seconds, waits) in enumerate([(700, True), (610, False), (650, False)])]
+    (job, ended), sent = part(monkeypatch), []
+    monkeypatch.setattr(job, "_send", lambda to, **message: sent.append((to, message)), raising=False)
+    monkeypatch.setattr(job, "_stands", lambda: stands[0], raising=False)
+    job._stopped(1, stands[1])
+    assert sent == [(1, {"where": True}), (2, {"where": True})] and not ended
+    job._stopped(2, stands[2])
     assert ended == [(2, "has stood for 650 s at line 2; rank 1 has stood for 610 s at line 1; rank 0 has waited for "
                          "others for 700 s at line 0. Stopped because one stood for --timeout-minutes 10")]
     assert [job._standing({"seconds": seconds, "waits": False, "where": "x"})[:10] for seconds in (299, 301)] \
