@@ -297,6 +297,8 @@ def test_mutated_recipes_are_read_or_refused(tmp_path, count):
     ("model_args: [[1], [2]]\n", "model_args = "),
     ("epochs: 1\0\n", "not valid YAML"),
     ("[" * 50_000, "brackets in brackets"),
+    ("model_args: " + "[" * 20 + "]" * 20, "brackets in brackets"),
+    ("model_args: " + "[" * 19 + "]" * 19, "model_args = "),
     ("epochs: 1\nepochs: 2\n", "epochs stands twice"),
 ])
 def test_recipes_of_strangers(tmp_path, text, message):

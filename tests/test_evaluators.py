@@ -275,6 +275,7 @@ def test_other_peoples_checkpoints_may_have_entries_of_these_names(tmp_path, ent
     ("folder", "data", "is the folder of --data"), ("folder", "data/annotations/validation", "would write over"),
     ("folder", "data/images/validation/new", "would write over"), ("folder", "link", "would write over"),
     ("folder", "link/../training", "would write over"), ("folder", "elsewhere/new", "would write over"),
+    ("folder", "deep", "would write over"),
     ("folder", "w.pt", "would write over w.pt"),
     ("folder", "file", "is a file; expected a folder"), ("file", "new", "is a folder; expected a file"),
     ("file", "data/annotations/instances_val2017.json", "would write over"), ("file", "file/x", "file: File exists")])
@@ -282,6 +283,8 @@ def test_dumps_are_written_over_no_input(tmp_path, monkeypatch, kind, dump, said
     monkeypatch.chdir(tmp_path)
     ade_folder(tmp_path / "data")
     Path("link").symlink_to("data/annotations/validation")
+    Path("data/images/validation/aachen").mkdir()
+    Path("deep").symlink_to("data/images/validation/aachen")
     Path("data/images/training").rename("elsewhere")
     Path("data/images/training").symlink_to("../../elsewhere")
     Path("new").mkdir()
