@@ -52,7 +52,7 @@ def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, 
         heads = logits.shape[1] // kernel_size ** 2
         dv = torch.zeros(v.shape, dtype=v.dtype) if needs[0] and dv is None else dv
         dlogits = torch.empty(logits.shape, dtype=v.dtype) if needs[1] else None
-        dmul = torch.zeros_like(mul) if needs[2] else None
+        dmul = torch.zeros(mul.shape, dtype=mul.dtype) if needs[2] else None  # contiguous, so that flatten is a view
         for chunk in _chunks(v):
             layout = _Layout(v[chunk], heads, kernel_size, dilation, stride)
             _attention_backward(layout, chunk, go, v, logits, mul, normalize, dv if needs[0] else None, dlogits, dmul)
@@ -221,7 +221,7 @@ def _depthwise_backward(go, v, add, kernel_size, dilation, stride, needs):
 
 
 def _dadd_tap_by_tap(go, v, add, kernel_size, dilation, stride):
-    dadd = torch.zeros_like(add)
+    dadd = torch.zeros(add.shape, dtype=add.dtype)  # contiguous, so that flatten is a view
     layout = _Layout(v, 1, kernel_size, dilation, stride)
     source, go = layout.padded(v), layout.outputs(go)
     for t, rows, read in layout.taps():

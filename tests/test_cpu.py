@@ -5,7 +5,7 @@ from hypothesis import given
 
 from backends import backend
 from cases import Case, hypothesis_settings, problems
-from kernels import cpu, elsa_attention
+from kernels import cpu, elsa_attention, elsa_attention_reference
 
 
 @hypothesis_settings(150)
@@ -28,3 +28,18 @@ def test_16_bit_inputs_are_computed_in_float32(dtype):
     exact = case.run(elsa_attention, torch.float32)
     for name, result in case.run(elsa_attention).items():
         assert torch.equal(result, exact[name].to(dtype)), name
+
+
+@pytest.mark.parametrize("filters", ("static", "per-sample"))
+@pytest.mark.parametrize("side", (2, 5))  # of an image: smaller than the window, and larger
+def test_gradients_of_filters_whose_taps_do_not_follow_each_other(filters, side):
+    layouts = [lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+               lambda x: x.movedim(-3, -1).contiguous().movedim(-1, -3),
+               lambda x: torch.cat([x, x], -1)[..., 2:5]]
+    for layout in layouts:
+        case = Case(B=2, H=side, W=side, mul=filters, add=filters)
+        v, logits, *ghosts = case.tensors.values()
+        leaves = [v.requires_grad_(), logits.requires_grad_(), *(layout(x).requires_grad_() for x in ghosts)]
+        results = [torch.autograd.grad(operator(*leaves, kernel_size=3), leaves, case.grad_out)
+                   for operator in (elsa_attention, elsa_attention_reference)]
+        torch.testing.assert_close(*results, rtol=0, atol=1e-11)

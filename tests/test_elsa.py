@@ -10,8 +10,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.fsdp import fully_shard
 
-from models.elsa import ELSA
+from models.elsa import ELSA, Pointwise
 from published import GOLDEN, assert_close
+from train.state import TrainingState
+from training import tiny
 
 
 @pytest.mark.parametrize("case", range(4))
@@ -120,7 +122,8 @@ def test_modules_are_called(options):
     """So hooks fire, and what takes a module's place acts."""
     torch.manual_seed(0)
     layer, x, called = ELSA(16, 2, **options), torch.randn(2, 6, 5, 16), []
-    modules = {name: module for name, module in layer.named_modules() if name and list(module.parameters(recurse=False))}
+    modules = {name: module for name, module in layer.named_modules()
+               if name and list(module.parameters(recurse=False))}
     for name, module in modules.items():
         module.register_forward_hook(lambda *_, name=name: called.append(name))
     plain = layer(x)
@@ -179,3 +182,27 @@ def test_every_module_can_be_sharded():
             name: x.shape for name, x in layer.state_dict().items()}
     finally:
         dist.destroy_process_group()
+
+
+def test_moments_of_checkpoints_with_convolutions_are_taken_over():
+    def moved(state):
+        for parameter in state.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        state.optimizer.step()
+        return state
+
+    start = lambda: TrainingState(tiny(), world=1, device=torch.device("cpu"))
+    first = moved(start())
+    checkpoint = copy.deepcopy(first.checkpoint(["a"]))
+    places = [i for i, parameter in enumerate(sum((group["params"] for group in first.optimizer.param_groups), []))
+              if any(parameter is layer.weight for layer in first.model.modules() if isinstance(layer, Pointwise))]
+    assert len(places) == 6
+    for i in places:
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments = checkpoint["optimizer"]["state"][i]
+            moments[name] = moments[name][:, :, None, None]
+    second = start()
+    second.load(checkpoint)
+    assert all(moments["exp_avg"].shape == parameter.shape for parameter, moments in second.optimizer.state.items())
+    for ours, want in zip(moved(second).model.parameters(), moved(first).model.parameters()):
+        assert torch.equal(ours, want)

@@ -168,6 +168,17 @@ def test_newer_mmdetection_names_and_order_of_patches():
     assert_close("down-sampling", want.view(result.shape), result, 1e-5)
 
 
+def test_classifiers_of_mmpretrain():
+    classifier = tiny("window")
+    theirs = {}
+    for key, value in classifier.state_dict().items():
+        name = key.replace("norm.", "norm3.") if key.startswith("norm.") else key.replace("head.", "head.fc.")
+        theirs[name if name.startswith("head.") else f"backbone.{name}"] = torch.randn_like(value)
+    load_weights(classifier, {"state_dict": theirs})
+    assert torch.equal(classifier.norm.weight, theirs["backbone.norm3.weight"])
+    assert torch.equal(classifier.head.weight, theirs["head.fc.weight"])
+
+
 def test_numpys_numbers_are_data(tmp_path):
     weights = tiny("elsa").state_dict()
     extra = {"best": np.float64(81.2), "epoch": np.int64(3), "done": np.bool_(True), "lr": np.float32(0.1),

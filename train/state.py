@@ -86,6 +86,10 @@ class TrainingState:
         refuse_other_classes(checkpoint["classes"], classes, self.config.data or "the rendered scenes")
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if value.shape[2:] == (1, 1) and parameter.ndim == 2:  # of when ELSA's projections were convolutions
+                    moments[name] = value.flatten(1)
         self.scaler.load_state_dict(checkpoint["scaler"])
         if self.ema:
             self.ema.module.load_state_dict(checkpoint["ema"])
