@@ -45,7 +45,7 @@ def test_the_kernel_without_a_mistake():
     ("%r1, 64, %r0", "%r1, 32, %r0", "two threads write the same byte"),
     ("add.s64 %rd3, %rd91, %rd1", "add.s64 %rd3, %rd90, 276; sub.s64 %rd3, %rd3, %rd1", "writes what another read"),
     ("st.shared.b32 [%r4], %r3", "@%p1 st.shared.b32 [%r4], %r3", "nobody wrote is read"),
-    ("st.shared.b32 [%r4], %r3", "st.shared.b32 [0], %r3", "different numbers to the same shared memory"),
+    ("st.shared.b32 [%r4], %r3", "st.shared.b32 [0], %r3", "two warps write different numbers"),
     ("bar.sync 0;\n    sub", "@%p1 bar.sync 0; sub", "not all threads of the program reach"),
     ("bar.sync 0;\n    sub", "@!%p1 trap; sub", "trap"),
     ("bar.sync 0;\n    sub", "bar.sync 1; sub", "not known here: .*bar.sync 1"),
@@ -205,8 +205,8 @@ def test_counts():
         counts = run(f"mul.lo.s32 %r1, %r0, {factor}; st.shared.b32 [%r1], 0;", shared=4096)
         assert (counts["passes"], counts["ideal_passes"]) == (passes, 1), factor
     counts = run(f"shl.b32 %r1, %r0, 4; st.shared.v4.b32 [%r1], {{0, 0, 0, 0}}; {place(0, 64)}"
-                 "ld.global.b32 %r2, [%rd99]; ld.global.b32 %r2, [%rd99]; ex2.approx.f32 %r3, %r2; add.f32 %r3, %r3, %r3;",
-                 source, shared=512)
+                 "ld.global.b32 %r2, [%rd99]; ld.global.b32 %r3, [%rd99];"
+                 "ex2.approx.f32 %r3, %r2; add.f32 %r3, %r3, 0;", source, shared=512)
     assert (counts["passes"], counts["ideal_passes"]) == (4, 4)
     assert counts["read"] == 2 * 32 * 32 and counts["read_program"] == counts["read_all"] == 32 * 32
     of = counts["instructions"]

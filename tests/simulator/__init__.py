@@ -32,7 +32,8 @@ A Fault, with the instruction and the thread, is raised for
 
 Not modelled: time and the order of warps; denormals flushed to zero; approximations (ex2.approx and the like are
 exact); the rounding inside a product of matrices (float64 here); the second rounding of float32's fma, which goes
-through float64; registers and their spilling, which ptxas decides; a race in global memory between threads of one
+through float64; which thread of a warp wins where several write different numbers to one place in shared memory (the
+last one here); registers and their spilling, which ptxas decides; a race in global memory between threads of one
 program; clusters, tensor memory, bulk copies and atomics, which are not known at all.
 
 Needs torch, numpy and triton, and of the latter nothing that needs a GPU.

@@ -153,7 +153,7 @@ def any_logic(threads, i, mask):
 
 
 def funnel(threads, i, mask):
-    """shf: 32 bits of b:a shifted by c, the high ones for .l, the low ones for .r; .clamp stops at 32, .wrap is c % 32."""
+    """shf: the high (.l) or low (.r) 32 bits of b:a shifted by c, .clamp: at most by 32, .wrap: by c % 32."""
     a, b, by = (threads.lanes_of(operand, np.uint32).astype(np.uint64) for operand in i.operands[1:])
     by = by % np.uint64(32) if "wrap" in i.parts else np.minimum(by, np.uint64(32))
     both = a | b << np.uint64(32)

@@ -25,10 +25,10 @@ class Program:
         body = DIRECTIVE.sub("", body[:re.search(r"^\}", body, re.M).start()])
         self.code, self.labels = [], {}
         for statement in re.sub(r"(\$\w+):", r"label \1;", body).split(";"):
-            statement = " ".join(statement.strip().lstrip("{}").split())  # braces are blocks of inline assembly
+            statement = " ".join(statement.lstrip("{} \t\n").split())  # braces are blocks of inline assembly
             if statement.startswith("label "):
                 self.labels[statement[6:]] = len(self.code)
-            elif statement:
+            elif statement and not statement.startswith("."):  # a directive among inline assembly
                 self.code.append(Instruction(statement))
 
 

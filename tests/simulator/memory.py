@@ -184,8 +184,10 @@ class SharedMemory:
         self._mark(self.last_write, where, epoch, warps)
         self.written[where] = self.hidden[where] = True
         self.bytes[where] = data
-        # Several threads may hold the same number, and all of them write it.
-        refuse(self.bytes[where] != data, "two threads write different numbers to the same shared memory")
+        # All that hold a number may write it. Within a warp it may differ: where a sum over threads ends in a fused
+        # multiply-add, theirs are rounded differently.
+        refuse((self.last_write[1][where] == SEVERAL) & (self.bytes[where] != data),
+               "two warps write different numbers to the same shared memory")
 
     def _marks(self, where, programs, warps):
         """Epochs and warps of the threads, spread over `where`."""
