@@ -7,7 +7,7 @@ import torch
 
 from backends import BACKENDS
 from cases import Case
-from kernels import elsa_attention, tuning
+from kernels import tuning
 from models.elsa import ELSA
 from published import assert_close
 from simulated import compiled, simulated

@@ -26,7 +26,7 @@ A Fault, with the instruction and the thread, is raised for
   what another warp wrote since the last barrier; a write over what another warp read or wrote since then;
 - an asynchronous copy that is read, or written over, before it was waited for;
 - a product of four warps (wgmma) whose result is read, or whose matrices are written over, before it was waited for,
-  or whose matrices no fence has shown to it;
+  or whose stored matrices no fence has shown to it;
 - a barrier that not all threads of a program reach; a shuffle or product of part of a warp;
 - an instruction, or a modifier of one, that is not known here.
 

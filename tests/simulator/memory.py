@@ -107,7 +107,7 @@ class SharedMemory:
     who wrote and read it last, (epoch, warp): the epoch of a program is the number of its barriers so far.
 
     in_flight: an asynchronous copy to it has not been waited for. product: the number of products of four warps that
-    may still read it. hidden: it was written and no fence has shown it to such products since.
+    may still read it. hidden: it was stored to and no fence has shown it to such products since.
     """
 
     def __init__(self, programs, limit):
@@ -149,8 +149,11 @@ class SharedMemory:
         self.in_flight[where] = True
 
     def finish_copy(self, where, data, programs, warps):
+        """Of a copy no fence is asked for before wgmma reads it: Triton 3.6 sets none there, later ones do."""
         self.in_flight[where] = False
+        hidden = self.hidden[where]
         self._store(where, data, programs, warps)
+        self.hidden[where] = hidden
 
     def read_matrix(self, where, programs):
         """(groups of four warps, ...) 16-bit elements for a product. Whoever wrote them, three warps did not."""
