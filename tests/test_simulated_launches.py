@@ -1,5 +1,7 @@
 """How kernels are launched, rehearsed on a simulated GPU: what waits for it, what the tuner measures, which device."""
 import contextlib
+import io
+import sys
 import tempfile
 import types
 from unittest import mock
@@ -112,3 +114,24 @@ def test_the_tuner_measures_each_configuration_once():
                 traced = [x if x is None else fake.from_tensor(x) for x in case.tensors.values()]
                 assert elsa_attention(*traced, **case.options).shape == case.grad_out.shape
                 assert clock.measured == 0 and len(device.launches) == launches
+
+
+@compiled
+def test_the_table_of_what_binds_each_kernel():
+    from simulator import __main__ as command
+    printed = io.StringIO()
+    arguments = ["", "--layers", "tiny", "--batch", "2", "--programs", "3"]
+    with mock.patch.object(command, "LAYERS", {"tiny": (5, 6, 1, 3, True, 16, 4)}), mock.patch.dict("os.environ"), \
+            mock.patch.object(sys, "argv", arguments), contextlib.redirect_stdout(printed):
+        command.main()
+    rows = printed.getvalue().splitlines()
+    kernels = [row.split()[0] for row in rows if "_kernel" in row]
+    assert {"forward_kernel", "dv_kernel", "dlogits_kernel", "dghost_kernel"} < set(kernels)
+    assert f"of each of {len(kernels)} launches" in rows[-1] and "an estimate" in rows[-1]
+    busiest = 0
+    for row in rows:
+        if "_kernel" in row:
+            name, grid, threads, shared, issue, fp32, special, memory_path, _, *parts = row.split()
+            assert abs(float(memory_path) - sum(map(float, parts[0:5:2]))) < 0.2
+            busiest += max(float(issue), float(special), float(memory_path))
+    assert abs(busiest - int(rows[-1].split()[0])) < 2

@@ -15,11 +15,12 @@ DIRECTIVE = re.compile(r"^\s*\.[a-z][^\n;]*;?\s*$", re.M)  # a line of its own, 
 class Program:
     """A compiled kernel.
 
-    parameters: [(type, name)]; code: its instructions; labels: {name: index of an instruction}.
+    name: the kernel's; parameters: [(type, name)]; code: its instructions; labels: {name: index of an instruction}.
     """
 
     def __init__(self, ptx):
         ptx = re.sub(r"//.*", "", ptx)
+        self.name = re.search(r"\.entry (\w+)", ptx)[1]
         self.parameters = re.findall(r"\.param \.(\w+) [^,)]*?(\w+_param_\d+)", ptx)
         body = ptx[ptx.index("{", ptx.index(".entry")) + 1:]
         body = DIRECTIVE.sub("", body[:re.search(r"^\}", body, re.M).start()])
