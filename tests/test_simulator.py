@@ -195,7 +195,8 @@ def ties():
 
 
 def test_rounding_to_16_bits():
-    x = np.concatenate([floats(1)[0], ties()])
+    every_bit_set = np.array([0x7FFFFFFF], np.uint32).view(np.float32)  # a NaN that rounding up would make a zero
+    x = np.concatenate([floats(1)[0], ties(), every_bit_set])
     numbers = ~np.isnan(x)
     for name, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
         with np.errstate(all="ignore"):
