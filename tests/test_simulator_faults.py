@@ -70,7 +70,8 @@ def test_what_lies_between_the_rows_of_a_slice_belongs_to_nobody():
     with pytest.raises(Fault, match="outside of every tensor"):
         run(f"{place(0, 4)} ld.global.b32 %r1, [%rd99];", whole[8:39])
     run(f"{place(0, 4)} ld.global.b32 %r1, [%rd99];", whole[8:40])
-    run(f"{place(0, 4)} ld.global.b32 %r1, [%rd99];", whole[8:20], whole[16:40])
+    run(f"{place(0, 4)} ld.global.b32 %r1, [%rd99];", whole[8:40], whole[16:20])
+    run(f"{place(0, 4)} ld.global.b32 %r1, [%rd99];", whole[8:36], whole[16:20], whole[32:40])
 
 
 def test_programs_do_not_wait_for_each_other():
@@ -85,14 +86,31 @@ def test_programs_do_not_wait_for_each_other():
     run(body.format("@%p2", "@%p2"), np.zeros(1, np.uint32), grid=2)
 
 
-def test_the_writer_before_may_be_one_of_several_readers():
-    """Both warps read a byte, then the one that read it last writes it."""
-    body = "setp.lt.s32 %p1, %r0, 32; @%p1 st.shared.b32 [0], 7; bar.sync 0; ld.shared.b32 %r1, [0]; {} "
-    body += "st.shared.b32 [0], 7;"
-    run(body.format("bar.sync 0; @!%p1"), threads=64, shared=4)
-    for warp in ("%p1", "!%p1"):
-        with pytest.raises(Fault, match="another warp read"):
-            run(body.format(f"@{warp}"), threads=64, shared=4)
+def test_a_byte_belongs_to_the_thread_that_wrote_it():
+    body = "setp.eq.b32 %p1, %r0, 0; setp.eq.b32 %p2, %r0, 1; {} st.global.b32 [%rd90], 7; {} st.global.b32 [%rd90], 7;"
+    run(body.format("@%p1", "@%p1"), np.zeros(1, np.uint32))
+    for guards in (("@%p1", "@%p2"), ("@%p2", ""), ("", "")):
+        with pytest.raises(Fault, match="two threads write the same byte"):
+            run(body.format(*guards), np.zeros(1, np.uint32))
+
+
+READERS = ["{read};", "@%p1 {read}; @!%p1 {read};"]  # at once, one after the other
+
+
+@pytest.mark.parametrize("reading", READERS)
+@pytest.mark.parametrize("writer", ("%p1", "!%p1"))
+def test_who_reads_last_is_not_the_only_reader(reading, writer):
+    """Two warps, or two programs, read a byte; then one of them writes it."""
+    read = reading.format(read="ld.shared.b32 %r1, [0]")
+    body = "setp.lt.s32 %p1, %r0, 32; @%p1 st.shared.b32 [0], 7; bar.sync 0;" + read + "{} st.shared.b32 [0], 7;"
+    run(body.format(f"bar.sync 0; @{writer}"), threads=64, shared=4)
+    with pytest.raises(Fault, match="another warp read"):
+        run(body.format(f"@{writer}"), threads=64, shared=4)
+    read = reading.format(read="ld.global.b32 %r2, [%rd90]")
+    body = "mov.u32 %r1, %ctaid.x; setp.eq.b32 %p1, %r1, 0; setp.eq.b32 %p2, %r0, 0;" + read
+    body += f"selp.b32 %r3, 1, 0, {writer[-3:]}; setp.eq.and.b32 %p3, %r3, {int(writer[0] != '!')}, %p2;"
+    with pytest.raises(Fault, match="a program writes what another read"):
+        run(body + "@%p3 st.global.b32 [%rd90], 7;", np.zeros(1, np.uint32), grid=2)
 
 
 # Two tiles of 512 bytes are copied, the first is waited for while the second is on its way.
