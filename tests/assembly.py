@@ -9,13 +9,13 @@ REGISTER = {1: "%p", 2: "%rs", 4: "%r", 8: "%rd"}  # by bytes
 START = "mov.u32 %r0, %tid.x; "
 
 
-def run(body, *arrays, threads=32, shared=0, grid=1):
+def run(body, *arrays, threads=32, shared=0, grid=(1, 1, 1)):
     """Runs a kernel on NumPy arrays, whose addresses it finds in %rd90, %rd91, ..., and its thread's number in %r0."""
     parameters = ", ".join(f".param .u64 k_param_{n}" for n in range(len(arrays)))
     loads = "".join(f"ld.param.b64 %rd{90 + n}, [k_param_{n}];\n" for n in range(len(arrays)))
     program = Program(f".visible .entry k({parameters})\n{{\n{loads}{START}\n{body}\nret;\n}}\n")
     tensors = [torch.from_numpy(array) for array in arrays]
-    return executing.launch(program, (grid, 1, 1), threads, shared, [x.data_ptr() for x in tensors], tensors)
+    return executing.launch(program, grid, threads, shared, [x.data_ptr() for x in tensors], tensors)
 
 
 def place(n, width, register="%rd99"):

@@ -80,7 +80,7 @@ def test_configurations_that_the_tuner_may_choose(index):
         assert_close("hadamard", want, got, TOLERANCE[torch.bfloat16])
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", (pytest.param(80, marks=pytest.mark.slow), 90))
 @compiled
 def test_a_layer_in_bfloat16(capability):
     """Its output and all gradients are as near to float64 as those of the CPU path in bfloat16."""

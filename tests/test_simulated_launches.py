@@ -23,7 +23,8 @@ WAITING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "
 def call_both():
     """Forward and backward passes of both operators -> their results."""
     results = Case(H=3, W=5, heads=1, width=8, mul="static", dtype=torch.float32).run(elsa_attention)
-    return [*results.values(), *ours(*problem(B=1, H=3, W=5, groups=4), 1.0, 1, torch.device("cpu"))]
+    case = problem(B=1, H=3, W=5, groups=4, dtype=torch.bfloat16)
+    return [*results.values(), *ours(*case, 1.0, 1, torch.device("cpu"))]
 
 
 @compiled
@@ -31,14 +32,15 @@ def test_nothing_waits_for_the_gpu():
     def waits(*_, **__):
         raise AssertionError("a launch waits for the GPU")
 
-    case, (projection, (weight, bias), grad) = Case(H=3, W=5, heads=1, width=8, mul="static"), problem(B=1, H=3, W=5)
+    case = Case(H=3, W=5, heads=1, width=8, mul="static", dtype=torch.float32)
+    projection, (weight, bias), grad = problem(B=1, H=3, W=5, groups=4, dtype=torch.bfloat16)
     with simulated(90) as device, contextlib.ExitStack() as stack:
         for name in WAITING:
             stack.enter_context(mock.patch.object(torch.Tensor, name, waits))
         stack.enter_context(mock.patch.object(torch.cuda, "synchronize", waits))
         case.run(elsa_attention)
         leaves = [x.requires_grad_() for x in (projection, weight, bias)]
-        z = hadamard(projection[..., :12], projection[..., 12:24], weight, bias)
+        z = hadamard(projection[..., :16], projection[..., 16:32], weight, bias)
         torch.autograd.grad(z, leaves, grad)
     assert len(device.launches) >= 8
 

@@ -278,8 +278,14 @@ def test_threads_that_part_at_branches_meet_again():
 
 
 def test_programs_know_their_place_in_the_grid():
-    out = np.zeros(96, np.uint32)
-    counts = run("mov.u32 %r1, %ctaid.x; mov.u32 %r2, %nctaid.x; mov.u32 %r3, %ntid.x; mad.lo.s32 %r0, %r1, %r3, %r0;"
-                 f"shl.b32 %r4, %r2, 8; add.s32 %r4, %r4, %r1; {place(0, 4)} st.global.b32 [%rd99], %r4;", out, grid=3)
-    assert out.tolist() == [3 * 256 + n // 32 for n in range(96)]
-    assert counts["programs"] == 3 and 3 * 128 <= counts["written"] <= 3 * 160  # sectors may stick out
+    """In a grid of 3 x 2 x 2; each writes its own 32 numbers."""
+    out = np.zeros((2, 2, 3, 32), np.uint32)
+    counts = run(f"""
+        mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ctaid.y; mov.u32 %r3, %ctaid.z; mov.u32 %r4, %nctaid.x;
+        mov.u32 %r5, %nctaid.y; mov.u32 %r6, %ntid.x; mov.u32 %r7, %laneid;
+        mad.lo.s32 %r8, %r3, %r5, %r2; mad.lo.s32 %r8, %r8, %r4, %r1; mad.lo.s32 %r0, %r8, %r6, %r0;
+        mul.lo.s32 %r9, %r3, 1000; mad.lo.s32 %r9, %r2, 100, %r9; mad.lo.s32 %r9, %r1, 10, %r9; add.s32 %r9, %r9, %r7;
+        {place(0, 4)} st.global.b32 [%rd99], %r9;""", out, grid=(3, 2, 2))
+    z, y, x, lane = np.indices(out.shape)
+    np.testing.assert_array_equal(out, 1000 * z + 100 * y + 10 * x + lane)
+    assert counts["programs"] == 12 and 12 * 128 <= counts["written"] <= 12 * 160  # sectors may stick out

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("triton")
 from assembly import place, run  # noqa: E402
 from simulator import Fault  # noqa: E402
+from simulator.counting import parts  # noqa: E402
 
 # 70 numbers are reversed in blocks of 64 through shared memory, by two warps in two programs.
 REVERSED = """
@@ -25,7 +26,7 @@ REVERSED = """
 
 def reverse(body=REVERSED):
     source, out = np.arange(1, 71, dtype=np.uint32), np.zeros(70, np.uint32)
-    run(body, source, out, threads=64, shared=256, grid=2)
+    run(body, source, out, threads=64, shared=256, grid=(2, 1, 1))
     return out
 
 
@@ -52,6 +53,7 @@ def test_the_kernel_without_a_mistake():
     ("shl.b32", "brev.b32", "not known here: brev.b32"), ("mad.lo.s32", "mad.lo.sat.s32", "not known here: mad.lo.sat"),
     ("ld.shared.b32", "ld.shared.v8.b32", "not known here: ld.shared.v8"),
     ("sub.s32 %r5, 252", "add.rz.f32 %r5, 252", "not known here: add.rz"),
+    ("sub.s32 %r5", "sub.rn.f32.bf16 %r5", "not known here: sub.rn.f32.bf16"),
 ], ids=str)
 def test_mistakes_with_memory_and_barriers(before, after, said):
     assert REVERSED.count(before) == 1
@@ -82,8 +84,8 @@ def test_programs_do_not_wait_for_each_other():
         {} ld.global.b32 %r2, [%rd90];"""
     for guards, said in (("@%p2", "@%p3"), "a program reads what another wrote"), (("@%p1", "@%p3"), "same byte"):
         with pytest.raises(Fault, match=said):
-            run(body.format(*guards), np.zeros(1, np.uint32), grid=2)
-    run(body.format("@%p2", "@%p2"), np.zeros(1, np.uint32), grid=2)
+            run(body.format(*guards), np.zeros(1, np.uint32), grid=(2, 1, 1))
+    run(body.format("@%p2", "@%p2"), np.zeros(1, np.uint32), grid=(2, 1, 1))
 
 
 def test_a_byte_belongs_to_the_thread_that_wrote_it():
@@ -110,7 +112,7 @@ def test_who_reads_last_is_not_the_only_reader(reading, writer):
     body = "mov.u32 %r1, %ctaid.x; setp.eq.b32 %p1, %r1, 0; setp.eq.b32 %p2, %r0, 0;" + read
     body += f"selp.b32 %r3, 1, 0, {writer[-3:]}; setp.eq.and.b32 %p3, %r3, {int(writer[0] != '!')}, %p2;"
     with pytest.raises(Fault, match="a program writes what another read"):
-        run(body + "@%p3 st.global.b32 [%rd90], 7;", np.zeros(1, np.uint32), grid=2)
+        run(body + "@%p3 st.global.b32 [%rd90], 7;", np.zeros(1, np.uint32), grid=(2, 1, 1))
 
 
 # Two tiles of 512 bytes are copied, the first is waited for while the second is on its way.
@@ -224,8 +226,10 @@ def test_counts():
         assert (counts["passes"], counts["ideal_passes"]) == (passes, 1), factor
     counts = run(f"shl.b32 %r1, %r0, 4; st.shared.v4.b32 [%r1], {{0, 0, 0, 0}}; {place(0, 64)}"
                  "ld.global.b32 %r2, [%rd99]; ld.global.b32 %r3, [%rd99];"
-                 "ex2.approx.f32 %r3, %r2; add.f32 %r3, %r3, 0;", source, shared=512)
+                 "ex2.approx.f32 %r3, %r2; add.f32 %r3, %r3, 0; add.s32 %r4, %r0, 1;", source, shared=512)
     assert (counts["passes"], counts["ideal_passes"]) == (4, 4)
     assert counts["read"] == 2 * 32 * 32 and counts["read_program"] == counts["read_all"] == 32 * 32
     of = counts["instructions"]
     assert of["special"] == 1 and of["float"] == 1 and of["global"] == 2 and of["shared"] == 1
+    assert of["integer"] == 3 and parts(counts)["special"] == 2 and parts(counts)["issue"] == sum(of.values()) / 4
+    assert parts(counts)["l1"] == 2 * 32 * 32 / 128 and parts(counts)["shared"] == 4

@@ -3,6 +3,7 @@
 The layouts are those of the PTX manual: thread T of a warp holds of a matrix with 8 rows of 16 bytes row T // 4, and in
 it the two 16-bit elements from column T % 4 * 2 on. For the functions' signature see arithmetic.py.
 """
+import itertools
 import re
 
 import numpy as np
@@ -138,14 +139,12 @@ def product_of_four_warps(threads, i, mask):
         threads.products = []
     elif "wait_group" in i.parts:
         done = max(0, len(threads.product_groups) - int(i.operands[0]))
-        for group in threads.product_groups[:done]:
-            for written, read in group:
-                threads.promised -= set(written)
-                for where in read:
-                    threads.shared.finish_product(where)
+        for written, read in itertools.chain(*threads.product_groups[:done]):
+            for where in read:
+                threads.shared.finish_product(where)
         del threads.product_groups[:done]
-        waiting = [one for group in (*threads.product_groups, threads.products) for one in group]
-        threads.promised |= {name for written, _ in waiting for name in written}
+        waiting = itertools.chain(*threads.product_groups, threads.products)
+        threads.promised = {name for written, read in waiting for name in written}
     else:
         _multiply(threads, i, mask)
 
