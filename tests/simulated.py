@@ -13,6 +13,8 @@ from unittest import mock
 
 import torch
 
+from simulator import Device
+
 
 def compiled(test):
     """Decorates a test: its body runs in a process where Triton compiles. Its arguments are plain data."""
@@ -34,7 +36,6 @@ def _call(module, name, arguments, options):
 @contextlib.contextmanager
 def simulated(capability, **options):
     """In this block CPU tensors go through the kernels, on a simulated GPU; every output starts as NaN -> Device."""
-    from simulator import Device
     torch.use_deterministic_algorithms(True)  # also fills what torch.empty returns with NaN
     try:
         with mock.patch.dict(os.environ, ELSA_BACKEND="triton"), Device(capability, **options) as device:

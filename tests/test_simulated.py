@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
-from backends import BACKENDS
+pytest.importorskip("triton")
 from cases import Case
 from kernels import tuning
 from models.elsa import ELSA
@@ -13,7 +13,6 @@ from published import assert_close
 from simulated import compiled, simulated
 from test_hadamard import TOLERANCE, expected, ours, problem
 
-pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 CAPABILITIES = (80, 90)
 AGGREGATION = {"forward_kernel", "dv_kernel", "dlogits_kernel", "dghost_kernel"}
 # Sides that fill no program, and in all of them together every dtype, stride, dilation and kind of filter.

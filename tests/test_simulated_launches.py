@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from backends import BACKENDS
+pytest.importorskip("triton")
 from cases import Case
 from kernels import backend, elsa_attention, hadamard, tuning
 from simulated import compiled, simulated
+from simulator import __main__ as command
 from test_hadamard import ours, problem
 
-pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 WAITING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")  # for a GPU
 
 
@@ -120,7 +120,6 @@ def test_the_tuner_measures_each_configuration_once():
 
 @compiled
 def test_the_table_of_what_binds_each_kernel():
-    from simulator import __main__ as command
     printed = io.StringIO()
     arguments = ["", "--layers", "tiny", "--batch", "2", "--programs", "3"]
     with mock.patch.object(command, "LAYERS", {"tiny": (5, 6, 1, 3, True, 16, 4)}), mock.patch.dict("os.environ"), \

@@ -5,13 +5,12 @@ from unittest import mock
 import pytest
 import torch
 
-from backends import BACKENDS
+pytest.importorskip("triton")
 from cases import Case
 from published import assert_close
 from simulated import compiled, simulated
+from simulator import Fault, driver, executing
 from test_hadamard import TOLERANCE, expected, ours, problem
-
-pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 
 
 def eight_more(match):
@@ -36,7 +35,6 @@ MISTAKES = {
 
 def attempt(kernel, capability, change):
     """Runs a problem with change(text) in place of a kernel's text -> what was found wrong, or None."""
-    from simulator import Fault, driver
     decode, changed = driver.Program, []
 
     def program(text):
@@ -63,7 +61,6 @@ def attempt(kernel, capability, change):
 
 def places(kernel, capability, pattern):
     """Which of a pattern's matches in a kernel's text are in instructions that some thread executes."""
-    from simulator import driver, executing
     programs, executed = [], set()
     decode, execute = driver.Program, executing.Execution._execute
 

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("triton")
-from assembly import place, run  # noqa: E402
-from simulator import Fault  # noqa: E402
-from simulator.counting import parts  # noqa: E402
+from assembly import place, run
+from simulator import Fault
+from simulator.counting import parts
 
 # 70 numbers are reversed in blocks of 64 through shared memory, by two warps in two programs.
 REVERSED = """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from assembly import place, run  # noqa: E402
+from assembly import place, run
 
 
 def halves_of(dtype, *shape):
