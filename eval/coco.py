@@ -16,6 +16,7 @@ from train.distributed import from_rank_0, gather, max_over_ranks
 from train.run_folder import replace_atomically
 
 METRICS = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP"}  # per cent
+UNKNOWN = {name: None for name in ("box", "mask", "classes", *METRICS)}  # scores of data without annotations
 DUMPS, MULTI_SCALE = "file", False  # what `run.py eval` can be asked for
 CLASSES = Path(__file__).with_name("coco_classes.txt")  # names of the 80 classes, in the order of published detectors
 # COCO's twelve numbers.
@@ -42,31 +43,38 @@ def loader(dataset, batch_size, rank, world, workers):
 def evaluate(model, loader, device, amp="none", dump=None):
     """Average precision of a detector over all ranks, each of which brings its part of the photographs in `loader`.
 
-    loader: yields (image (3, H, W) float32, size, original size, image id, annotations), see
+    loader: yields (image (3, H, W) float32, size, original size, index, annotations), see
     train.detection.Photographs. dump: file for the detections, COCO's results JSON. Returns {"box", "mask": {metric:
     per cent, NaN where nothing to find is of that size}, "classes": [(box AP, mask AP), ...], "results": detections as
-    COCO's JSON has them, but with labels from 0, "box_ap", "box_ap50", "mask_ap", "images", and of the slowest rank
-    "seconds"}.
+    COCO's JSON has them, but with indices and labels from 0 for ids, "box_ap", "box_ap50", "mask_ap", "images", and of
+    the slowest rank "seconds"}; of a test set without annotations None for the scores. Raises ValueError when that is
+    not to be dumped.
     """
+    source = loader.dataset.dataset  # the loader has a part of the data set
+    if not source.annotated and not dump:
+        raise ValueError("the data has no annotations, so that nothing can be scored; --dump FILE writes what is found")
     photographs, start = [], time.perf_counter()
     with evaluating(model):
-        for image, size, original, image_id, annotations in loader:
+        for image, size, original, index, annotations in loader:
             with autocast(torch.device(device), amp):
                 detections = model(image[None].to(device, non_blocking=True), [size], [original])[0]
-            photographs.append((image_id, tuple(original), annotations, results(detections, image_id)))
+            photographs.append((index, tuple(original), annotations, results(detections, index)))
     seconds = max_over_ranks(time.perf_counter() - start, device)
     photographs = sorted(gather(photographs), key=lambda photograph: photograph[0])
     entries = [entry for *_, found in photographs for entry in found]
     answer = None
     if not dist.is_initialized() or dist.get_rank() == 0:
-        answer = scores(photographs, model.num_classes)
+        answer = scores(photographs, model.num_classes) if source.annotated else UNKNOWN
         if dump:
-            write_results(entries, loader.dataset.dataset.category_ids, dump)  # the loader has a part of the data set
+            write_results(entries, source, dump)
     return {**from_rank_0(answer), "images": len(photographs), "seconds": seconds, "results": entries}
 
 
 def table(result, classes):
     """The scores as text: of every class, then COCO's twelve, then the most important in one line."""
+    speed = f"{result['images']} images  {result['images'] / result['seconds']:.2f} images/s"
+    if result["box_ap"] is None:
+        return f"no scores: the data has no annotations  {speed}"
     lines = [f"{'class':<24} {'box AP':>7} {'mask AP':>8}"]
     for name, (box, mask) in zip(classes, result["classes"]):
         lines.append(f"{name:<24.24} {box:>7.2f} {mask:>8.2f}")
@@ -74,35 +82,38 @@ def table(result, classes):
     for metric in SUMMARY:
         lines.append(f"{metric:<24} {result['box'][metric]:>7.2f} {result['mask'][metric]:>8.2f}")
     lines.append(f"box AP {result['box_ap']:.2f}  box AP50 {result['box_ap50']:.2f}  mask AP {result['mask_ap']:.2f}  "
-                 f"{result['images']} images  {result['images'] / result['seconds']:.2f} images/s")
+                 + speed)
     return "\n".join(lines)
 
 
-def results(detections, image_id):
+def results(detections, index):
     """Detections of a photograph, what a model gives for it, as entries of COCO's results JSON.
 
-    category_id is the label, from 0.
+    image_id is the index of the photograph, category_id the label, from 0.
     """
     boxes = detections["boxes"].cpu().double()
     boxes[:, 2:] -= boxes[:, :2]
     masks = detections["masks"].cpu().numpy().astype(np.uint8).transpose(1, 2, 0)
     codes = rle.encode(np.asfortranarray(masks)) if len(boxes) else []
     labels, scores = detections["labels"].tolist(), detections["scores"].tolist()
-    return [{"image_id": image_id, "category_id": label, "bbox": box, "score": score, "segmentation": code}
+    return [{"image_id": index, "category_id": label, "bbox": box, "score": score, "segmentation": code}
             for label, box, score, code in zip(labels, boxes.tolist(), scores, codes)]
 
 
 def scores(photographs, num_classes):
     """The twelve numbers of COCO, for boxes and for masks, and the AP of every class: see evaluate().
 
-    photographs: [(image id, (h, w), annotations, results), ...].
+    photographs: [(index, (h, w), annotations, results), ...]. In the scores of masks an object without one is a region
+    to be ignored, its box: what is found there is neither right nor wrong.
     """
+    sizes = {index: size for index, size, _, _ in photographs}
     annotations = [annotation for _, _, entries, _ in photographs for annotation in entries]
-    truth = COCO({"images": [{"id": image_id, "height": h, "width": w} for image_id, (h, w), _, _ in photographs],
-                  "categories": [{"id": i, "name": str(i)} for i in range(num_classes)],
-                  "annotations": [{**annotation, "id": i + 1} for i, annotation in enumerate(annotations)]})
-    answer, per_class = {}, []
+    truth, answer, per_class = as_truth(annotations, sizes, num_classes), {}, []
     for name, kind, other in (("box", "bbox", "segmentation"), ("mask", "segm", "bbox")):
+        if kind == "segm" and any(annotation["segmentation"] is None for annotation in annotations):
+            regions = [annotation if annotation["segmentation"] is not None
+                       else as_crowd(annotation, *sizes[annotation["image_id"]]) for annotation in annotations]
+            truth = as_truth(regions, sizes, num_classes)
         # Copied, because boxes would be taken for masks, and areas written into what is ours.
         entries = [{key: value for key, value in entry.items() if key != other}
                    for *_, found in photographs for entry in found]
@@ -120,12 +131,30 @@ def scores(photographs, num_classes):
             "box_ap50": answer["box"]["AP50"], "mask_ap": answer["mask"]["AP"]}
 
 
-def write_results(entries, category_ids, path):
-    """Detections as COCO's results JSON, under the data's own category ids."""
+def as_truth(annotations, sizes, num_classes):
+    """Annotations of images {index: (h, w)} as the evaluator takes them."""
+    return COCO({"images": [{"id": index, "height": h, "width": w} for index, (h, w) in sizes.items()],
+                 "categories": [{"id": i, "name": str(i)} for i in range(num_classes)],
+                 "annotations": [{**annotation, "id": i + 1} for i, annotation in enumerate(annotations)]})
+
+
+def as_crowd(annotation, height, width):
+    """A box without a mask as a crowd that fills it."""
+    x, y, w, h = annotation["bbox"]
+    code, = rle.frPyObjects([[x, y, x + w, y, x + w, y + h, x, y + h]], height, width)
+    return {**annotation, "iscrowd": 1, "segmentation": code}
+
+
+def write_results(entries, dataset, path):
+    """Detections as COCO's results JSON, under the data's own ids of images and categories, without those of other
+    classes, which a model may have."""
     written = []
     for entry in entries:
+        if entry["category_id"] >= len(dataset.category_ids):
+            continue
         code = {**entry["segmentation"], "counts": entry["segmentation"]["counts"].decode()}
-        written.append({**entry, "category_id": category_ids[entry["category_id"]], "segmentation": code})
+        written.append({**entry, "image_id": dataset.image_id(entry["image_id"]),
+                        "category_id": dataset.category_ids[entry["category_id"]], "segmentation": code})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_atomically(path, lambda file: file.write(json.dumps(written).encode()))

@@ -17,7 +17,7 @@ from eval.tasks import task_of
 from models.info import info
 from train.command_line import Parser
 from train.config import KEYS, family_of, model_overrides, recipe_path, resolve, to_dict
-from train.run_folder import replace_atomically
+from train.run_folder import read_log, replace_atomically
 from train.runs import refuse_inputs
 
 ENTRY_POINT = Path(__file__).parents[1] / "run.py"
@@ -125,9 +125,7 @@ class Comparison:
 
     def history(self, attn, seed):
         """Rows of the finished epochs."""
-        log = self.path(attn, seed) / "log.jsonl"
-        rows = map(json.loads, log.read_text().splitlines() if log.exists() else ())
-        return [row for row in rows if "step" not in row]
+        return [row for row in read_log(self.path(attn, seed)) if "step" not in row]
 
     def write(self):
         """results.json, table.md and plot.png, of what has finished so far."""

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from eval import ade20k, coco, imagenet
 from eval.drawing import colour, draw_label_map, draw_objects, with_legend
@@ -21,13 +20,10 @@ from train.augment import validation_transform
 from train.config import task_of
 from train.device import autocast
 from train.distributed import join_ranks
-from train.photographs import load_image
+from train.photographs import load_image, suffixes, visible_files
 from train.run_folder import replace_atomically
 from train.runs import refuse_inputs
 
-# What a photograph in a folder ends in: all that Pillow reads, but for films, drawings and tables.
-READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} \
-    - {".mpg", ".mpeg", ".eps", ".ps", ".wmf", ".emf", ".h5", ".hdf", ".grib", ".bufr"}
 DRAWN = 0.3  # score from which on a detection is drawn
 
 
@@ -96,8 +92,7 @@ def photographs(word, first=False):
     """
     path = Path(word)
     if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix.lower() in READABLE
-                 and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        found = [file for file in visible_files(path) if file.suffix.lower() in suffixes()]
         if not found:
             raise FileNotFoundError(f"no photographs in {word}: no file there ends as images do, in .jpg or .png, say")
         return found

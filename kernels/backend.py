@@ -37,10 +37,10 @@ def uses_triton(x):
 
 def aggregation(v):
     """The module whose forward and backward aggregate v."""
-    if uses_triton(v):
-        from kernels import aggregation
-        return aggregation
-    return cpu
+    if not uses_triton(v):
+        return cpu
+    from kernels import aggregation
+    return aggregation
 
 
 def has_convolution(q, weight):

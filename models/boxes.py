@@ -9,6 +9,7 @@ import torch
 from torchvision.ops import box_iou
 
 MAX_LOG_RATIO = math.log(1000 / 16)  # decoding scales a side by at most the exponential of this, up or down
+MAX_PAIRS = 1 << 21  # of boxes and ground truth that are compared at a time: 100 MB
 
 
 def encode(boxes, gt_boxes, stds):
@@ -44,16 +45,26 @@ def assign(boxes, gt_boxes, pos_iou, neg_iou, min_pos_iou=None):
     """
     if not len(gt_boxes) or not len(boxes):
         return torch.full((len(boxes),), -1, dtype=torch.int64, device=boxes.device)
-    iou = box_iou(gt_boxes, boxes)  # (m, n)
-    max_iou, matched = iou.max(0)
-    matched[max_iou < pos_iou] = -2
-    matched[max_iou < neg_iou] = -1
+    matched, gt_max, closest = [], [], []
+    chunk = max(1, MAX_PAIRS // len(gt_boxes))
+    for start in range(0, len(boxes), chunk):
+        iou = box_iou(gt_boxes, boxes[start:start + chunk])  # (m, chunk)
+        max_iou, indices = iou.max(0)
+        indices[max_iou < pos_iou] = -2
+        indices[max_iou < neg_iou] = -1
+        matched.append(indices)
+        if min_pos_iou is not None:
+            gt_max.append(iou.amax(1))
+            # The closest in this chunk, by ground truth and box, and how close: perhaps the closest of all.
+            gt, box = ((iou == gt_max[-1][:, None]) & (gt_max[-1][:, None] >= min_pos_iou)).nonzero(as_tuple=True)
+            closest.append((gt, box + start, iou[gt, box]))
+    matched = torch.cat(matched)
     if min_pos_iou is not None:
-        gt_max_iou = iou.amax(1, keepdim=True)
-        low_quality = (iou == gt_max_iou) & (gt_max_iou >= min_pos_iou)
-        numbers = torch.arange(1, len(gt_boxes) + 1, device=boxes.device)[:, None]
-        last = (low_quality * numbers).amax(0)  # the later ground truth wins, as published
-        matched = torch.where(last > 0, last - 1, matched)
+        gt, box, iou = (torch.cat(parts) for parts in zip(*closest))
+        low_quality = iou == torch.stack(gt_max).amax(0)[gt]
+        gt, box = gt[low_quality], box[low_quality]
+        last = torch.full_like(matched, -1).scatter_reduce(0, box, gt, "amax")  # the later one wins, as published
+        matched = torch.where(last >= 0, last, matched)
     return matched
 
 

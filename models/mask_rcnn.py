@@ -77,7 +77,7 @@ class MaskRCNN(nn.Module):
             sizes: (h, w) of each image before it was padded.
             original_sizes: (h, w) of each photograph before it was resized; None: as `sizes`.
             targets: training, one dict an image: boxes (n, 4) in the pixels of `images`, labels (n,) int64 from 0,
-                masks (n, H, W) bool.
+                masks (n, H, W) bool, and where not all objects have one, has_mask (n,) bool.
 
         Returns: one dict an image, at most 100 detections, the best first, in pixels of the photograph: boxes (n, 4),
         scores (n,), labels (n,) int64 from 0, masks (n, h, w) bool. In training mode {name: loss, a scalar}, which

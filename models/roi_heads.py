@@ -33,6 +33,7 @@ class Samples(NamedTuple):
     is_gt: torch.Tensor  # (n,) bool: a ground-truth box that was added to the proposals
     gt_boxes: torch.Tensor  # (p, 4)
     gt_masks: torch.Tensor  # (p, 28, 28) float32, 0 or 1
+    has_mask: torch.Tensor  # (p,) bool: others are boxes alone, of no weight in the loss of the masks
 
 
 def conv_module(dim_in, dim_out, kernel_size):
@@ -127,7 +128,7 @@ class RoIHead(nn.Module):
     def losses(self, maps, proposals, sizes, targets):
         """{"cls", "box", "mask": scalar}, in the cascade with the number of the stage behind: "cls0", ...
 
-        Means: of cls and box over the sampled RoIs, of mask over the positives' pixels.
+        Means: of cls and box over the sampled RoIs, of mask over the pixels of the positives that have a mask.
         """
         losses = {}
         for i, (stage, (box_head, mask_head)) in enumerate(zip(self.stages, self.heads())):
@@ -163,7 +164,8 @@ class RoIHead(nn.Module):
             labels=torch.cat([target["labels"][gt], torch.full_like(neg, self.num_classes)]),
             is_gt=indices < len(gt_boxes),
             gt_boxes=gt_boxes[gt],
-            gt_masks=mask_targets(target["masks"], gt, boxes[pos]))
+            gt_masks=mask_targets(target["masks"], gt, boxes[pos]),
+            has_mask=target["has_mask"][gt] if "has_mask" in target else torch.ones_like(gt, dtype=torch.bool))
 
     def box_loss(self, samples, labels, deltas, stage):
         pos = (labels < self.num_classes).nonzero()[:, 0]
@@ -176,9 +178,10 @@ class RoIHead(nn.Module):
         return loss / len(labels)
 
     def mask_loss(self, samples, labels, maps, mask_head):
-        rois = [image.rois[:len(image.gt_boxes)] for image in samples]
-        gt_masks = torch.cat([image.gt_masks for image in samples])
-        logits = mask_head(self.pool(maps, rois, MASK_SIZE), labels[labels < self.num_classes])
+        rois = [image.rois[:len(image.gt_boxes)][image.has_mask] for image in samples]
+        gt_masks = torch.cat([image.gt_masks[image.has_mask] for image in samples])
+        labels = labels[labels < self.num_classes][torch.cat([image.has_mask for image in samples])]
+        logits = mask_head(self.pool(maps, rois, MASK_SIZE), labels)
         return F.binary_cross_entropy_with_logits(logits, gt_masks, reduction="sum") / max(1, gt_masks.numel())
 
     # Evaluation
@@ -234,9 +237,15 @@ def mask_targets(gt_masks, matched, boxes):
 
     Shapes: gt_masks (m, H, W) bool, matched (n,) int64, boxes (n, 4).
     """
-    rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], 1)
-    aligned = roi_align(gt_masks[:, None].to(boxes.dtype), rois, 2 * MASK_SIZE, aligned=True)[:, 0]
-    return (aligned >= 0.5).to(boxes.dtype)
+    targets = boxes.new_zeros(len(boxes), 2 * MASK_SIZE, 2 * MASK_SIZE)
+    chunk = max(1, (1 << 24) // max(1, gt_masks[:1].numel()))  # at most 64 MB of float32 at a time
+    for start in range(0, len(gt_masks), chunk):
+        chosen = ((matched >= start) & (matched < start + chunk)).nonzero()[:, 0]
+        rois = torch.cat([(matched[chosen, None] - start).to(boxes.dtype), boxes[chosen]], 1)
+        masks = gt_masks[start:start + chunk, None].to(boxes.dtype)
+        aligned = roi_align(masks, rois, 2 * MASK_SIZE, aligned=True)[:, 0]
+        targets[chosen] = (aligned >= 0.5).to(boxes.dtype)
+    return targets
 
 
 def paste_masks(masks, boxes, size):

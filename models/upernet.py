@@ -133,6 +133,6 @@ def source_rows(rows, resized, start, stop):
     """Between which of `rows` the rows `start` to `stop` of `resized` lie -> (upper, lower: (stop - start,) int64, the
     lower's share: float32), rounded as F.interpolate does."""
     scale = (torch.tensor(rows, dtype=torch.float32) / resized).double()
-    place = (scale * (torch.arange(start, stop) + 0.5) - 0.5).float().clamp_min(0)
+    place = (scale * (torch.arange(start, stop) + 0.5) - 0.5).float()
     upper = place.long().clamp_max(rows - 1)
     return upper, (upper + 1).clamp_max(rows - 1), (place - upper).clamp(0, 1)

@@ -13,6 +13,7 @@ from train import classification, watch  # noqa: E402
 
 
 def fail(kind):
+    print(f"fault at {time.time()}", flush=True)
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "disk":

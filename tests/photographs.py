@@ -91,3 +91,21 @@ def nothing_to_learn_from(H, W):
              "segmentation": [[40, 30, 40.5, 30, 40.5, 50]]},
             {**of, "id": 52, "category_id": 90, "bbox": [-30, 3, 20, 20], "area": 10,
              "segmentation": [[-30, 3, -10, 3, -10, 23]]}]
+
+
+def mutated(content, rng):
+    """Bytes with a few of them changed, a piece of them lost, doubled or zero, or the rest cut off."""
+    content, kind = bytearray(content), rng.integers(5)
+    start, length = int(rng.integers(len(content))), int(rng.integers(1, 20))
+    if kind == 0:
+        for at in rng.integers(len(content), size=rng.integers(1, 5)):
+            content[at] = rng.integers(256)
+    elif kind == 1:
+        del content[start:start + length]
+    elif kind == 2:
+        content[start:start] = content[start:start + length]
+    elif kind == 3:
+        content[start:start + length] = bytes(length)
+    else:
+        del content[start:]
+    return bytes(content)

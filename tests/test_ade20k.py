@@ -87,6 +87,11 @@ def test_multi_scale_and_flip_of_one_colour_are_that_colour():
     assert torch.allclose(found.sum(0), torch.ones(37, 53))
 
 
+def test_large_photographs_are_taken_in_strips():
+    strips = [strip.shape for _, strip in ade20k.predict(Colours(), [(torch.zeros(3, 4, 40), False)], (100, 60000))]
+    assert len(strips) == 3 and max(shape.numel() for shape in strips) <= ade20k.STRIP
+
+
 def test_mirrored_views_are_mirrored_back():
     pixels = np.zeros((16, 32, 3), np.uint8)
     pixels[:, :16, 0], pixels[:, 16:, 2] = 255, 255
@@ -159,7 +164,8 @@ def test_predict_names_the_classes_and_their_shares(photos, trained, tmp_path):
     found = json.loads((tmp_path / "seen" / "0.json").read_text())["classes"]
     assert sum(entry["share"] for entry in found) == pytest.approx(1, abs=0.01)
     assert {entry["class"] for entry in found} <= {"red", "green", "blue"}
-    assert Image.open(tmp_path / "seen" / "0.png").size[0] > 256
+    with Image.open(tmp_path / "seen" / "0.png") as drawn:
+        assert drawn.width > 256
 
 
 def test_mistakes_in_the_commands_are_said(trained, capsys):

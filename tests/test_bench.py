@@ -4,6 +4,7 @@ On a CPU, at a tiny size, without what torch.compile makes.
 """
 import errno
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import kernels
 import models.elsa
 from eval import bench, bench_report, providers
+from kernels import backend
 from run import main
 
 
@@ -144,7 +146,8 @@ def test_models(tmp_path, monkeypatch):
     (["--device", "tpu"], "--device: got 'tpu', expected cpu"),
     (["--out", "bench"], "--out: got bench, expected a name that ends in .json"),
     (["--tune", "--device", "cpu"], "--tune: got device cpu, expected a GPU"),
-    (["--compile-only", "--arch", "sm_91"], "--arch: got 'sm_91', expected one of sm_80"),
+    pytest.param(["--compile-only", "--arch", "sm_91"], "--arch: got 'sm_91', expected one of sm_80",
+                 marks=pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")),
     (["--repaets", "2"], "did you mean --repeats"),
 ])
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
@@ -152,6 +155,18 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
     assert main(["bench", *arguments]) == 2
     assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_what_needs_triton_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton" or name == "kernels.compile"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)  # an import of it fails
+    assert main(["bench", "--compile-only"]) == 2
+    assert "--compile-only: triton, which compiles the kernels, is not installed" in capsys.readouterr().err
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["eval", "swin_t", "--attn", "elsa", "--val-limit", "2", "--device", "cpu"]) == 2
+    assert "triton is not installed, which GPUs and TRITON_INTERPRET=1 need" in capsys.readouterr().err
 
 
 # Where the results go

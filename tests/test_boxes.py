@@ -86,6 +86,26 @@ def test_assignment_of_a_naive_loop(boxes, gt_boxes, low_quality):
             assert not any(row[t] >= max(other[t] for other in iou) and row[t] > 0.1 + 1e-5 for t in closest)
 
 
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 1 << 16), n=st.integers(0, 40), m=st.integers(0, 5), pairs=st.integers(1, 60),
+       min_pos_iou=st.sampled_from([None, 0.0, 0.1, 0.5]))
+def test_assignment_in_chunks_is_that_of_all_at_once(seed, n, m, pairs, min_pos_iou):
+    """Of boxes on a coarse grid, so that many are equally close."""
+    generator = torch.Generator().manual_seed(seed)
+    boxes = torch.randint(0, 5, (n + m, 2, 2), generator=generator).sort(1).values.flatten(1).float()
+    with pytest.MonkeyPatch.context() as patch:
+        whole = assign(boxes[:n], boxes[n:], 0.5, 0.25, min_pos_iou)
+        patch.setattr("models.boxes.MAX_PAIRS", pairs)
+        assert torch.equal(assign(boxes[:n], boxes[n:], 0.5, 0.25, min_pos_iou), whole)
+
+
+def test_ties_between_chunks_are_all_matched_and_the_later_ground_truth_wins(monkeypatch):
+    boxes = torch.tensor([[0.0, 0, 4, 2], [20, 20, 24, 24], [0, 2, 4, 4], [0, 0, 4, 1], [50, 50, 51, 51]])
+    gt_boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 5], [100, 100, 109, 109]])
+    monkeypatch.setattr("models.boxes.MAX_PAIRS", 3)
+    assert assign(boxes, gt_boxes, 0.7, 0.3, 0.3).tolist() == [1, -1, 1, -1, -1]
+
+
 # Sampling
 
 def test_samples_are_those_asked_for():

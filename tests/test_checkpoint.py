@@ -136,13 +136,13 @@ def test_a_full_disk_is_said_at_the_next_chance(tmp_path, monkeypatch, next_chan
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError) as error:
-        with checkpoints:
-            checkpoints.save(state(2))
-            while not checkpoints.writing.done():
-                time.sleep(0.01)
-            if next_chance != "the end":
-                checkpoints.due() if next_chance == "due" else checkpoints.save(state(3))
+    with pytest.raises(OSError) as error, checkpoints:
+        checkpoints.save(state(2))
+        while not checkpoints.writing.done():
+            time.sleep(0.01)
+        if next_chance != "the end":
+            checkpoints.due() if next_chance == "due" else checkpoints.save(state(3))
+            raise AssertionError("nothing was said")
     assert error.value.filename == str(tmp_path / "run" / "last.pt") and error.value.errno == errno.ENOSPC
     assert_same(read_whole(tmp_path / "run" / "last.pt"), state(1))
 

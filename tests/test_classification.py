@@ -151,3 +151,49 @@ def test_limit_takes_classes_in_turn(photos):
     training, val, _ = classification.datasets(tiny(data=str(photos), limit=5, val_limit=2))
     assert sorted(training[0, i][1] for i in range(len(training))) == [0, 0, 0, 1, 1]
     assert [label for _, label in val] == [0, 1]
+
+
+def test_hidden_names_are_no_classes_and_no_photographs_at_any_depth(photos):
+    before = classification.datasets(tiny(data=str(photos), limit=None))[0].images.samples
+    for hidden in (".ipynb_checkpoints/0.jpg", "cat/._1.jpg", "cat/.Trash-1000/1.jpg", "dog/more/.x/2.png"):
+        (photos / "train" / hidden).parent.mkdir(parents=True, exist_ok=True)
+        (photos / "train" / hidden).write_bytes(b"junk")
+    training, _, classes = classification.datasets(tiny(data=str(photos), limit=None))
+    assert training.images.samples == before and classes == ["cat", "dog"] and training.notes == []
+    (photos / "train" / "cat" / "Thumbs.db").touch()
+    for name, kind in (("7.jfif", "jpeg"), ("8.GIF", "gif"), ("more/9.png", "png")):
+        (photos / "train" / "dog" / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(photos / "train" / "dog" / name, format=kind)
+    training, _, _ = classification.datasets(tiny(data=str(photos), limit=None))
+    assert len(training) == len(before) + 3
+    assert training.notes == ["left out: 1 files that Pillow does not read (.db)"]
+    assert classification.datasets(tiny(data=str(photos), limit=5))[0].notes == training.notes
+
+
+@pytest.mark.parametrize("H, W", [(2, 100), (100, 2), (3, 200), (200, 3)])
+def test_of_a_strip_the_centre_alone_is_resized(monkeypatch, H, W):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (H, W, 3), dtype=np.uint8))
+    for size, crop_pct in ((32, 0.9), (32, 1.0), (24, 1.15)):
+        monkeypatch.setattr(augment, "WHOLE", 16)
+        strip = augment.validation_transform(size, crop_pct)(image)
+        monkeypatch.setattr(augment, "WHOLE", 1e9)
+        whole = augment.validation_transform(size, crop_pct)(image)
+        assert strip.shape == (3, size, size) and (strip != whole).float().mean() < 0.01
+        assert (strip - whole).abs().max() < 2.5 / 255 / 0.22  # two grey values, where positions are rounded
+
+
+@pytest.mark.parametrize("size, whole", [((32, 2), True), ((2, 33), False)])
+def test_strips_begin_where_the_long_side_is_more_than_sixteen_short_ones(monkeypatch, size, whole):
+    made, resize = [], augment.F.resize
+    monkeypatch.setattr(augment.F, "resize", lambda *arguments: made.append(1) or resize(*arguments))
+    augment.validation_transform(32, 0.9)(Image.new("RGB", size))
+    assert bool(made) == whole
+
+
+def test_long_strips_take_little_memory(monkeypatch):
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda image, size, *rest: sizes.append(size) or resize(
+        image, size, *rest))
+    for size in ((6000, 2), (2, 6000)):
+        assert augment.validation_transform(224, 0.9)(Image.new("RGB", size)).shape == (3, 224, 224)
+    assert max(width * height for width, height in sizes) < 2e6

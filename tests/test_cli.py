@@ -1,7 +1,9 @@
 """The real commands, as a user types them, at a small size."""
 import errno
+import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,9 @@ import pytest
 import torch
 import yaml
 
+from models import create_model
 from photographs import image_folder
-from run import main
+from run import COMMANDS, main
 from train.config import KEYS, resolve
 
 ROOT = Path(__file__).parents[1]
@@ -19,9 +22,12 @@ TINY = ["--img-size", "16", "--patch-size", "2", "--window-size", "2", "--model-
         "{embed_dim: 12, depths: [1, 1, 1, 1], num_heads: [1, 1, 1, 1]}", "--epochs", "1", "--warmup-epochs", "0",
         "--batch-size", "8", "--device", "cpu"]
 
+TINY_MODEL = dict(patch_size=2, window_size=2, embed_dim=12, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1])
 
-def run(folder, *arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+def run(folder, *arguments, environment=()):
+    environment = {**os.environ, **dict(environment)}
+    environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(ROOT / "run.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment, timeout=120, capture_output=True, text=True)
 
@@ -41,7 +47,8 @@ def test_train_scenes_eval_and_resume(tmp_path, monkeypatch, capsys):
     out = succeed(tmp_path, "train", "swin_t", "--attn", "elsa", "--limit", "16", "--val-limit", "9", *TINY)
     assert "rendered scenes" in out and "epoch 1/1" in out and "batch_size: 8" in out
     folder = tmp_path / "runs" / "swin_t-elsa-scenes"
-    assert {path.name for path in folder.iterdir()} == {"last.pt", "best.pt", "log.jsonl", "curves.png", "config.yaml"}
+    assert {path.name for path in folder.iterdir()} == {"last.pt", "previous.pt", "best.pt", "log.jsonl", "curves.png",
+                                                        "config.yaml"}
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["batch_size"] == 8 and config["num_classes"] == 8
     assert torch.load(folder / "best.pt", weights_only=True)["config"] == config
@@ -53,9 +60,35 @@ def test_train_scenes_eval_and_resume(tmp_path, monkeypatch, capsys):
 
     command = ["train", "swin_t", "--attn", "elsa", "--limit", "16", "--val-limit", "9", *TINY]
     monkeypatch.chdir(tmp_path)
-    assert main([*command, "--resume"]) == 0 and "continues after epoch 1" in capsys.readouterr().out
+    assert main([*command, "--resume"]) == 0 and "all 2 steps are made" in capsys.readouterr().out
     assert main(command) == 0
     assert (tmp_path / "runs" / "swin_t-elsa-scenes-2" / "last.pt").exists(), "a second run overwrites nothing"
+
+
+def test_resume_takes_the_runs_options_and_refuses_other_classes(tmp_path, photos, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "photos"
+    shutil.copytree(photos, data)
+    command = ["train", "swin_t", "--attn", "elsa", "--data", "photos", "--workers", "0"]
+    assert main([*command, *TINY, "--resume"]) == 0
+    assert "nothing to resume yet: a new run" in capsys.readouterr().out
+    assert main([*command, "--resume", "--val-limit", "6"]) == 0
+    out = capsys.readouterr().out
+    assert "nothing is left to do" in out and "img_size: 16" in out and "val_limit: 6" in out
+    for split in ("train", "test"):
+        (data / split / "cat").rename(data / split / "puss")
+    assert main(["train", "--resume", "runs/swin_t-elsa-photos"]) == 2
+    assert "the classes of photos are not those of the checkpoint" in (stderr := capsys.readouterr().err)
+    assert "class 0 is 'cat' in the checkpoint, 'dog' in the data; class 1 is 'dog'" in stderr
+    (data / "train" / "ant").mkdir()
+    (data / "test" / "ant").mkdir()
+    for split in ("train", "test"):
+        shutil.copy(data / split / "owl" / "0.png", data / split / "ant" / "0.png")
+    weights = ["--weights", "runs/swin_t-elsa-photos/best.pt", "--out", "tuned"]
+    assert main([*command, *TINY, *weights]) == 2
+    assert "all of it fits but the classifier, which is not for the 4 classes of this run; --fresh-head starts" \
+        in capsys.readouterr().err
+    assert main([*command, *TINY, *weights, "--fresh-head"]) == 0
 
 
 def test_train_photos_with_the_paper_recipe_and_eval(tmp_path, photos):
@@ -91,10 +124,10 @@ def test_corrupt_photo_is_named_by_a_worker(tmp_path, photos):
     for path in photos.rglob("*.*"):
         copy = bad / path.relative_to(photos)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(b"not an image" if path.match("train/cat/0.png") else path.read_bytes())
+        copy.write_bytes(b"not an image" if path.match("test/cat/0.png") else path.read_bytes())
     result = run(tmp_path, "train", "swin_t", "--data", bad, *TINY, "--batch-size", "12", "--workers", "1")
     last = result.stderr.splitlines()[-1]
-    assert result.returncode == 2 and re.match(r"error: \S+/train/cat/0.png cannot be read as an image", last)
+    assert result.returncode == 2 and re.match(r"error: \S+/test/cat/0.png cannot be read as an image", last)
     assert "Traceback" not in result.stderr
 
 
@@ -135,12 +168,76 @@ def test_help_names_the_tasks_and_fits_a_page(capsys, monkeypatch):
     assert "run.py train MODEL --help" in common and "upernet" in common and "detection" in common
     main(["train", "swin_t", "--help"])
     page = capsys.readouterr().out
-    assert len(page.splitlines()) <= 70 and "recipe scenes_swin" in page and "Schedule and optimiser:" in page
+    assert len(page.splitlines()) <= 75 and "recipe scenes_swin" in page and "Schedule and optimiser:" in page
 
 
 def test_an_option_of_another_task_is_said_to_do_nothing():
     notes = resolve({"model": "mask_rcnn_swin_t", "mixup": 0.8})[1]
     assert "mixup has no effect on mask_rcnn_swin_t: it is for classification" in notes
+
+
+# Errors that nobody foresaw
+
+@pytest.mark.parametrize("error, status, said", [
+    (KeyError("width"), 1, "unexpected KeyError in tests/test_cli.py, line "), (IndexError("x"), 1, "unexpected Index"),
+    (RuntimeError("shapes\n  differ"), 1, "line "), (TypeError(), 1, "unexpected TypeError in tests/test_cli.py"),
+    (ValueError("a.json: no width"), 2, "error: a.json: no width\n"),
+    (MemoryError(), 2, "error: no memory is left. A smaller --batch-size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "A smaller --batch-size"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "CUDA out of memory. Tried. A smaller --batch-size"),
+    (ModuleNotFoundError("No module named 'triton'"), 2, "'triton'; `pip install -r requirements.txt`"),
+    (KeyError("Caught KeyError in DataLoader worker process 0.\nOriginal Traceback\n  File\nKeyError: 'w'"), 1,
+     "unexpected KeyError"),
+    (ValueError("Caught ValueError in DataLoader worker process 0.\nTraceback\nValueError: a.png is damaged"), 2,
+     "error: a.png is damaged\n")])
+def test_errors_are_one_line_and_what_is_not_foreseen_says_so(monkeypatch, capsys, error, status, said):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "info", fail)
+    assert main(["info"]) == status
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("\n") == 1 and printed.startswith("error: ")
+    assert ("ELSA_TRACEBACK=1" in printed) == (status == 1)
+    monkeypatch.setenv("ELSA_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        main(["info"])
+
+
+@pytest.mark.parametrize("arguments", ["{embed_dim: abc}", "{depths: 3}", "{embed_dim: -4}", "{1: 2}"])
+def test_overrides_that_make_no_model_are_said(capsys, arguments):
+    assert main(["info", "swin_t", "--model-args", arguments]) == 2
+    error = capsys.readouterr().err
+    assert "swin_t cannot be made with {" in error or "unknown override of swin_t: '1'" in error
+
+
+# Names that a terminal or a locale cannot write
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_a_terminal_cannot_show_ends_nothing(monkeypatch, encoding):
+    written = io.BytesIO()
+    terminal = io.TextIOWrapper(written, encoding)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setitem(COMMANDS, "info", lambda argv: print("Kätze 犬 \udce9"))
+        assert main(["info"]) == 0
+    assert written.getvalue().decode(encoding).rstrip() == {
+        "ascii": "K\\xe4tze \\u72ac \\udce9", "cp1252": "Kätze \\u72ac \\udce9"}[encoding]
+
+
+def test_accents_in_names_and_a_locale_without_them(tmp_path, photos, monkeypatch, capsys):
+    """Trained in the one, evaluated in the other."""
+    shutil.copytree(photos, tmp_path / "é$a$")
+    for folder in tmp_path.glob("é$a$/*/cat"):
+        folder.rename(folder.with_name("Kätzchen"))
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    result = run(tmp_path, "train", "swin_t", "--data", "é$a$", *TINY, "--workers", "0", environment=plain)
+    assert result.returncode == 0, result.stderr
+    last = tmp_path / "runs" / "swin_t-é$a$" / "last.pt"
+    assert "UserWarning" not in result.stderr and (last.parent / "curves.png").exists()
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", "--weights", str(last), "--workers", "0"]) == 0
+    assert "12 images of é$a$" in capsys.readouterr().out
 
 
 # The environment's errors
@@ -161,8 +258,16 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["train", "swin_t", "--out", "file/run"], "file/run: Not a directory"),
     (["train", "swin_t", "--recipe", "folder"], "folder: Is a directory"),
+    (["train", "swin_t", "--recipe", "here/config.yaml", "--out", "here"], "would write over here/config.yaml"),
+    (["train", "swin_t", "--data", "photos", "--out", "photos", "--epochs", "1", *TINY], "is the folder of --data"),
+    (["train", "swin_t", "--data", "photos", "--out", "photos/train/new", *TINY], "would write over photos/train"),
+    (["train", "swin_t", *TINY, "--weights", "here/best.pt", "--out", "here", "--limit", "8"], "would write over here"),
+    (["compare", "swin_t", "--data", "photos", "--out", "photos/val/cat", "--set", "num_classes=2"], "over photos/val"),
     (["train", "swin_t", "--seed", "1e99"], "seed = "),
     (["train", "swin_t", "--seed=-1"], "seed = -1 does not fit; expected 0 to 2**63 - 1"),
+    (["train", "swin_t", "--seed", "-1"], "seed = -1 does not fit; expected 0 to 2**63 - 1"),
+    (["train", "swin_t", "--lr", "-1e-3"], "lr = -0.001 does not fit; expected 0 or more"),
+    (["train", "swin_t", "--resume", "absent"], "--resume absent: no last.pt"),
     (["train", "swin_t", "--epochs", "1e99"], "expected less than 2**31"),
     (["train", "swin_t", "--lr", "inf"], "lr = inf does not fit; expected finite numbers"),
 ])
@@ -170,6 +275,11 @@ def test_places_and_numbers_that_do_not_fit_are_one_line(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("folder").mkdir()
+    image_folder(tmp_path / "photos", {"train": 4, "val": 1})
+    Path("here").mkdir()
+    Path("here/config.yaml").write_text("{epochs: 30}")
+    if "here/best.pt" in arguments:
+        torch.save(create_model("swin_t", num_classes=8, img_size=16, **TINY_MODEL).state_dict(), "here/best.pt")
     assert main(arguments) == 2
     stderr = capsys.readouterr().err
     assert message in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1

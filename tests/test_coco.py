@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,8 +130,8 @@ class Oracle(torch.nn.Module):
 
 def test_what_is_there_scores_100(photos):
     validation, _ = detection.validation_set(Config(data=str(photos), img_size=64))
-    folder = validation.folder
-    folder.annotations = [[entry for entry in entries if entry["area"] > 10] for entries in folder.annotations]
+    of_image = validation.folder.annotations
+    validation.folder.annotations = lambda i: [entry for entry in of_image(i) if entry["area"] > 10]
     result = coco.evaluate(Oracle(validation), coco.loader(validation, 1, 0, 1, 0), torch.device("cpu"))
     assert result["box_ap"] == pytest.approx(100) and result["mask_ap"] == pytest.approx(100)
     assert result["images"] == 4
@@ -152,6 +153,73 @@ def test_pycocotools_finds_100_in_the_dump_of_what_is_there(photos, tmp_path):
             precision = evaluation.eval["precision"]
             assert precision[precision > -1].mean() == pytest.approx(1)
             assert (precision > -1).any((0, 1, 3, 4)).sum() == 2  # of the classes
+
+
+def test_ids_are_dumped_as_they_were(tmp_path):
+    folder, dump = coco_folder(tmp_path / "coco"), tmp_path / "found.json"
+    file = folder / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    names = {100: "007", 99: "7", 98: -3, 97: 2.5}
+    for entry in content["images"]:
+        entry["id"] = names[entry["id"]]
+    for entry in content["annotations"]:
+        entry["image_id"] = names[entry["image_id"]]
+    file.write_text(json.dumps(content))
+    validation, _ = detection.validation_set(Config(data=str(folder), img_size=64))
+    coco.evaluate(Oracle(validation), coco.loader(validation, 1, 0, 1, 0), torch.device("cpu"), dump=dump)
+    expected = [(entry["image_id"], entry["category_id"], entry["bbox"]) for entry in content["annotations"]
+                if not entry["iscrowd"]]
+    found = [(entry["image_id"], entry["category_id"], pytest.approx(entry["bbox"], abs=1e-3))
+             for entry in json.loads(dump.read_text())]
+    assert sorted(expected, key=str) == sorted(found, key=lambda entry: str((*entry[:2], entry[2].expected)))
+
+
+def without_masks(photographs, of):
+    """The same, where annotations and detections of a class, or of one object in two, lose their masks."""
+    for number, (_, _, annotations, found) in enumerate(photographs):
+        for i, entry in enumerate(annotations):
+            if of(entry, i):
+                entry["segmentation"] = None
+    return photographs
+
+
+def test_objects_without_a_mask_are_out_of_mask_ap():
+    """Neither those nor what is found of them count; boxes do."""
+    def perfect(of):
+        photographs = [(i, size, [{**entry, "iscrowd": 0, "category_id": i % 2} for entry in annotations], [])
+                       for i, size, annotations, _ in synthetic(np.random.default_rng(3), 8, 5, 2)]
+        for _, _, annotations, found in photographs:
+            found += [{**{key: entry[key] for key in ("image_id", "category_id", "bbox", "segmentation")}, "score": 0.9}
+                      for entry in annotations]
+        return coco.scores(without_masks(photographs, of), 2)
+
+    for of in (lambda entry, i: entry["category_id"] == 1, lambda entry, i: i % 2 == 0):
+        result = perfect(of)
+        assert result["mask_ap"] == pytest.approx(100) and result["box_ap"] == pytest.approx(100)
+    assert np.isnan(perfect(lambda entry, i: entry["category_id"] == 1)["classes"][1][1])
+    result = perfect(lambda entry, i: True)
+    assert np.isnan(result["mask_ap"]) and result["box_ap"] == pytest.approx(100)
+
+
+def test_a_test_set_without_annotations_is_dumped_but_not_scored(tmp_path, capsys):
+    folder, dump = coco_folder(tmp_path / "coco"), tmp_path / "found.json"
+    file = folder / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    file.unlink()
+    (folder / "val2017").rename(folder / "test2017")
+    del content["annotations"]
+    (folder / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(content))
+    config = detector(data=str(folder), img_size=64, num_classes=3)
+    torch.manual_seed(0)
+    torch.save(options.load_model(config, None).state_dict(), tmp_path / "weights.pt")
+    arguments = ["eval", config.model, "--weights", str(tmp_path / "weights.pt"),
+                 *command_line(config, "attn", "data", "img_size", "patch_size", "window_size", "device", "model_args")]
+    assert main([*arguments, "--dump", str(dump)]) == 0
+    assert "no scores: the data has no annotations  4 images" in capsys.readouterr().out
+    found = json.loads(dump.read_text())
+    assert {entry["image_id"] for entry in found} == {97, 98, 99, 100}
+    assert {entry["category_id"] for entry in found} <= set(COCO_IDS)
+    assert main(arguments) == 2 and "nothing can be scored; --dump FILE" in capsys.readouterr().err
 
 
 def test_classes_of_the_checkpoint_have_to_be_those_of_the_data_in_their_order(photos):
@@ -203,12 +271,14 @@ def test_predict_lists_objects_by_their_scores(photos, trained, tmp_path):
     objects = json.loads((tmp_path / "seen" / "0.json").read_text())["objects"]
     assert objects == sorted(objects, key=lambda entry: -entry["score"])
     assert {entry["class"] for entry in objects} <= {"red", "green", "blue"}
-    assert oracle.decode(objects[0]["segmentation"]).shape == Image.open(photograph).size[::-1]
-    assert Image.open(tmp_path / "seen" / "0.png").size[0] >= 256
+    with Image.open(photograph) as image, Image.open(tmp_path / "seen" / "0.png") as drawn:
+        assert oracle.decode(objects[0]["segmentation"]).shape == image.size[::-1] and drawn.width >= 256
 
 
 def test_mistakes_in_the_commands_are_said(trained, capsys):
-    for arguments, words in ((["eval", "--weights", trained[0]], "--data has 8 classes, the checkpoint 3"),
+    with pytest.raises(ValueError, match="--data has 8 classes, the checkpoint 3"):
+        coco.dataset(detector(), ["red", "green", "blue"])
+    for arguments, words in ((["eval", "--weights", trained[0], "--dump", str(Path(trained[0]).parent)], "is a folder"),
                              (["eval", "mask_rcnn_swin_t", "--multi-scale"], "is a detector"),
                              (["eval", "swin_t", "--dump", "x"], "is a classifier")):
         assert main(arguments) == 2 and words in capsys.readouterr().err

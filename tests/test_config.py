@@ -1,13 +1,25 @@
 """Recipes, options, values and the schedule that follows from them."""
 import re
 
+import numpy as np
 import pytest
 import yaml
 
 from models import create_model
 from run import main
 from train.command_line import parse_train
-from train.config import PUBLISHED, Config, cast, published, read_recipe, resolve, to_dict
+from train.config import (
+    PUBLISHED,
+    RECIPES,
+    Config,
+    cast,
+    check,
+    published,
+    read_recipe,
+    refuse_other_classes,
+    resolve,
+    to_dict,
+)
 from train.schedule import decay_groups
 from training import TINY, tiny, train
 
@@ -136,3 +148,156 @@ def test_recipes_of_photographs_decay_as_published():
     for model in ("swin_b", "volo_d5", "upernet_swin_s", "mask_rcnn_swin_s", "cascade_mask_rcnn_swin_b"):
         assert resolve(dict(model=model, data="photos"))[0].decay == "published"
         assert resolve(dict(model=model))[0].decay == "weights"
+
+
+# Going on with a run: its own configuration
+
+def saved(folder, **changes):
+    """config.yaml and an empty checkpoint of a run as recipe and options made it, without the keys that are None."""
+    options = {"model": "swin_t", "attn": "elsa", "epochs": 7, "lr": 2e-3, "model_args": {"embed_dim": 12}}
+    values = {**to_dict(resolve(options)[0]), "num_classes": 8, **changes}
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in values.items() if v != "absent"}))
+    (folder / "last.pt").touch()
+
+
+@pytest.mark.parametrize("arguments", [["--resume", "runs/swin_t-elsa-scenes"],
+                                       ["swin_t", "--attn", "elsa", "--resume"],
+                                       ["--resume", "runs/swin_t-elsa-scenes/last.pt", "--epochs=7", "--lr=0.002"],
+                                       ["--attn", "elsa", "--out", "runs/swin_t-elsa-scenes", "--resume"]])
+def test_a_resumed_run_has_its_own_configuration(tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "runs" / "swin_t-elsa-scenes")
+    config, resume, notes = parse_train([*arguments, "--workers", "3", "--device", "cpu"])
+    assert (config.epochs, config.lr, config.attn, config.model_args) == (7, 2e-3, "elsa", {"embed_dim": 12})
+    assert (config.workers, config.device, config.num_classes) == (3, "cpu", 8) and config.betas == (0.9, 0.98)
+    assert resume == "runs/swin_t-elsa-scenes" and notes == ["configuration: runs/swin_t-elsa-scenes/config.yaml"]
+
+
+def test_what_would_change_a_resumed_run_is_refused_by_name(tmp_path):
+    saved(tmp_path / "run")
+    message = r"--lr 0.002 -> 0.001, --betas \[0.9, 0.98\] -> \[0.9, 0.99\]; leave them out"
+    with pytest.raises(ValueError, match=message) as error:
+        parse_train(["--resume", str(tmp_path / "run"), "--lr", "1e-3", "--betas", "0.9,0.99", "--workers", "2"])
+    assert "workers" not in str(error.value).split("What may change")[0] and "--val-limit" in str(error.value)
+    with pytest.raises(ValueError, match="--model 'swin_t' -> 'swin_s'"):
+        parse_train(["swin_s", "--resume", str(tmp_path / "run")])
+
+
+def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(tmp_path):
+    saved(tmp_path / "run", select="absent", lr_per="absent")
+    config, _, notes = parse_train(["--resume", str(tmp_path / "run")])
+    assert (config.select, config.lr_per) == ("best", "step")
+    assert "older than these options, which have their defaults: lr_per 'step', select 'best'" in notes[1]
+    with pytest.raises(ValueError, match="--select 'best' -> 'last'"):
+        parse_train(["--resume", str(tmp_path / "run"), "--select", "last"])
+
+
+def test_a_recipe_given_beside_resume_counts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "runs" / "swin_t-elsa-scenes")
+    config, resume, _ = parse_train(["--attn", "elsa", "--recipe", "scenes_swin", "--resume"])
+    assert config.epochs == 5 and resume == "runs/swin_t-elsa-scenes"  # state.load compares it with the checkpoint
+
+
+def test_nothing_to_resume_yet_is_a_new_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, resume, notes = parse_train(["swin_t", "--resume", "--epochs", "3"])
+    assert config.epochs == 3 and resume is True and notes[0].startswith("recipe scenes_swin")
+    with pytest.raises(FileNotFoundError, match="--resume runs/absent: no last.pt"):
+        parse_train(["swin_t", "--resume", "runs/absent"])
+
+
+def test_a_damaged_or_younger_configuration_is_named(tmp_path):
+    saved(tmp_path / "run", unheard_of=3)
+    with pytest.raises(ValueError, match="unknown key 'unheard_of' in .*config.yaml"):
+        parse_train(["--resume", str(tmp_path / "run")])
+    (tmp_path / "run" / "config.yaml").write_text("epochs: [1")
+    with pytest.raises(ValueError, match="config.yaml is not valid YAML"):
+        parse_train(["--resume", str(tmp_path / "run")])
+
+
+def test_classes_of_a_checkpoint_are_compared_in_order():
+    refuse_other_classes(["cat", 1], ("cat", "1"), "photos")
+    for found, message in ((["ant", "cat", "dog"], "class 0 is 'cat' in the checkpoint, 'ant' in the data; class 1"),
+                           (["dog", "cat"], "class 0 is 'cat' in the checkpoint, 'dog' in the data"),
+                           (["cat"], "the checkpoint has 2 classes, the data 1"),
+                           (["cat", "Dog"], "class 1 is 'dog' in the checkpoint, 'Dog' in the data; expected")):
+        with pytest.raises(ValueError, match=f"the classes of photos .*{re.escape(message)}"):
+            refuse_other_classes(["cat", "dog"], found, "photos")
+
+
+# Files from strangers
+
+def mutated(text, rng):
+    """A recipe with a few bytes, lines or values changed, doubled or cut."""
+    data = bytearray(text.encode())
+    for _ in range(rng.integers(1, 4)):
+        at, kind = int(rng.integers(len(data) + 1)), rng.integers(5)
+        if kind == 0:
+            data[at:at + 1] = bytes([rng.integers(256)])
+        elif kind == 1:
+            del data[at:at + int(rng.integers(1, 20))]
+        elif kind == 2:
+            data[at:at] = data[:int(rng.integers(1, 40))]
+        elif kind == 3:
+            data[at:at] = rng.choice([b": ", b"- ", b"{", b"[", b"&a ", b"*a", b"!!python/object:os.system ", b"!!int ",
+                                      b"\t", b"1e999", b"null", b"~", b".nan", b"-1", b"? ", b"<<: ", b"'", b"\0",
+                                      b"!!set ", b"2026-01-01", b"\xef\xbb\xbf", b"base: scenes_swin\n", b"0x10"])
+        else:
+            del data[at:]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mutated_recipes_are_read_or_refused(tmp_path, count):
+    rng, texts = np.random.default_rng(count), [path.read_text() for path in sorted(RECIPES.glob("*.yaml"))]
+    outcomes = []
+    for path in RECIPES.glob("*.yaml"):  # `base` is looked for beside a recipe
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for _ in range(count):
+        (tmp_path / "mine.yaml").write_bytes(mutated(texts[rng.integers(len(texts))], rng))
+        try:
+            config, _ = resolve({"model": "swin_t"}, str(tmp_path / "mine.yaml"))
+        except (ValueError, FileNotFoundError) as error:
+            assert "\n" not in str(error) and len(str(error)) < 2000
+            outcomes.append(False)
+        else:
+            check(config)
+            assert all(cast(name, value) == getattr(config, name) for name, value in to_dict(config).items())
+            outcomes.append(True)
+    assert 0.05 < sum(outcomes) / count < 0.95
+
+
+@pytest.mark.parametrize("text, message", [
+    ("base: mine\n", "base = 'mine' does not fit; expected the name of another recipe beside"),
+    ("base: [1]\n", "base = .* expected the name of another recipe beside"),
+    ("base: ../secret\n", "base = .* expected the name of another recipe beside"),
+    ("epochs: !!python/object/apply:os.system [touch x]\n", "not valid YAML"),
+    ("epochs: 2026-13-45\n", "not valid YAML"),
+    ("epochs: &a [*a]\n", "has aliases"),
+    ("- 1\n", "holds list; expected a mapping"),
+    ("", "holds NoneType; expected a mapping"),
+    ("{{}: 1}\n", "not valid YAML"),
+    ("[1, 2]: 3\n", "not valid YAML"),
+    ("1: 3\n", "unknown key 1"),
+    ("model_args: [[1], [2]]\n", "model_args = "),
+    ("epochs: 1\0\n", "not valid YAML"),
+    ("[" * 50_000, "brackets in brackets"),
+    ("epochs: 1\nepochs: 2\n", "epochs stands twice"),
+])
+def test_recipes_of_strangers(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        resolve({"model": "swin_t"}, str(path))
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_recipes_are_utf_8_with_or_without_a_mark(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("\ufeffepochs: 3\ndata: Bäume\n".encode())
+    assert read_recipe(path) == {"epochs": 3, "data": "Bäume"}
+    path.write_bytes("data: Bäume\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="mine.yaml is not UTF-8"):
+        read_recipe(path)

@@ -123,6 +123,12 @@ def test_tensors_without_numbers_of_their_own_are_refused(change, tmp_path):
         load_weights(model, tmp_path / "weights.pt")
 
 
+def test_a_call_for_memory_is_refused(tmp_path):
+    torch.save({"model": Small().state_dict(), "memory": Calls(bytearray, 10)}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="would run code .*bytearray"):
+        load_weights(Small(), tmp_path / "weights.pt")
+
+
 def test_files_without_checksums_load(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:

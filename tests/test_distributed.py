@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from photographs import image_folder
-from train.distributed import inventory, tensors_from_rank_0
+from train import watch
+from train.distributed import agree, inventory, leave_ranks, tensors_from_rank_0
 from training import ROOT, TINY, assert_same, checkpoint, command_line, over_ranks, repeatable, rows, tiny
 
 OPTIONS = command_line(tiny(), *TINY, "attn")[1:]
@@ -97,6 +100,29 @@ def test_the_inventory_names_what_differs(tmp_path):
     assert inventory(other)["notes/classes.txt"] != second["notes/classes.txt"]
 
 
+def test_ranks_agree_on_all_but_places(tmp_path, monkeypatch):
+    folder, told = image_folder(tmp_path / "photos", {"train": 2, "val": 2}), {}
+    monkeypatch.setattr(watch, "current", SimpleNamespace(agree=lambda subject, facts: told.update(facts)))
+    agree(tiny(data=str(folder), out="mine", workers=3, num_classes=2), range(24), range(9), ["cat", "dog"])
+    assert told["class 1"] == "dog" and told["the number of training images"] == 24 and told["batch_size"] == 8
+    assert told.keys() > {"train/cat", "val/dog", "seed", "limit", "model_args", "of validation images"}
+    assert not told.keys() & {"data", "weights", "token_labels", "out", "workers"}
+
+
+def test_a_rank_that_failed_does_not_wait_for_the_others_to_leave(monkeypatch):
+    left = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(1))
+    monkeypatch.setattr(watch, "current", object())
+    leave_ranks(ValueError, ValueError(), None)
+    assert not left
+    leave_ranks()
+    leave_ranks(SystemExit, SystemExit(143), None)
+    monkeypatch.setattr(watch, "current", None)
+    leave_ranks(ValueError, ValueError(), None)
+    assert len(left) == 3
+
+
 @pytest.mark.slow
 def test_no_rank_survives_another(tmp_path):
     """Each of two ranks is killed at ten random moments, from its start to the middle of training."""
@@ -104,14 +130,13 @@ def test_no_rank_survives_another(tmp_path):
     for number in range(20):
         folder, rank, moment = tmp_path / str(number), number % 2, draw.uniform(0, 8)
         job = torchrun(folder, "--epochs", "5000", "--out", folder / "run", fault=f"kill:{rank}:{moment:.3f}")
-        start = time.monotonic()
         assert job.wait(90) != 0
-        times.append(time.monotonic() - start - moment)
         printed = (folder / "printed").read_text()
+        times.append(time.time() - float(re.search(r"fault at ([\d.]+)", printed)[1]))
         assert not survivors(folder), (rank, moment)
         assert f"error: rank {rank} of 2 on {HOST}: died" in printed or "Signal 9 (SIGKILL)" in printed
-        print(f"rank {rank} killed {moment:.2f} s after torch's import: ended {times[-1]:.1f} s later, {said(folder)}")
-    assert max(times) < 30 + 10  # of which up to ten are torch's import
+        print(f"rank {rank} killed after {moment:.2f} s: torchrun ended {times[-1]:.1f} s later; {said(folder)}")
+    assert max(times) < 30
 
 
 @pytest.mark.slow
@@ -120,7 +145,7 @@ def test_a_rank_that_hangs_is_found_and_says_where(tmp_path):
         job = torchrun(tmp_path / str(rank), "--timeout-minutes", "0.2", fault=f"hang:{rank}:2")
         assert job.wait(90)
         (line,) = said(tmp_path / str(rank))
-        assert line.startswith(f"error: rank {rank} of 2 on {HOST}: has stood for ") and "train/loop.py" in line
+        assert line.startswith(f"error: rank {rank} of 2 on {HOST}: has stood for ") and "tests/faulty.py" in line
         assert f"rank {1 - rank} has waited for others" in line
 
 
@@ -135,7 +160,7 @@ def test_on_two_machines_rank_0s_folder_counts(tmp_path):
     assert said(cut / "node0") == said(cut / "node1") == [message]
     assert not (cut / "node1" / "runs").exists()
     assert two_nodes(cut, *options, "--resume") == [0, 0]
-    assert "continues after epoch 1" in (cut / "node0" / "printed").read_text()
+    assert "continues after step 3" in (cut / "node0" / "printed").read_text()
     runs = [tmp_path / name / "node0" / "runs" / "swin_t-elsa-scenes" for name in ("whole", "cut")]
     assert not (cut / "node1" / "runs").exists() and not (tmp_path / "whole" / "node1" / "runs").exists()
     whole, resumed = map(checkpoint, runs)
@@ -143,7 +168,7 @@ def test_on_two_machines_rank_0s_folder_counts(tmp_path):
         assert_same(whole[name], resumed[name])
     assert [repeatable(row) for row in rows(runs[0])] == [repeatable(row) for row in rows(runs[1])]
     # A folder that only rank 0's machine has
-    assert two_nodes(cut, "--resume", "runs/swin_t-elsa-scenes") == [0, 0]
+    assert two_nodes(cut, *options, "--resume", "runs/swin_t-elsa-scenes") == [0, 0]
 
 
 @pytest.mark.slow
@@ -151,7 +176,7 @@ def test_machines_with_other_data_or_code_are_refused(tmp_path):
     for node, dogs in ((0, 4), (1, 3)):
         folder = image_folder(tmp_path / f"node{node}" / "photos", {"train": 4, "val": 4}, ("cat", "dog"))
         for number in range(dogs, 4):
-            (folder / "train" / "dog" / f"{number}.png").rename(folder / "train" / "dog" / f"other{number}.png")
+            (folder / "train" / "dog" / f"{number}.jpg").rename(folder / "train" / "dog" / f"other{number}.jpg")
     options = ["--data", "photos", "--batch-size", "4", "--workers", "0", "--limit", "null", "--val-limit", "null"]
     assert all(two_nodes(tmp_path, *options))
     (line,) = said(tmp_path / "node0")

@@ -1,19 +1,24 @@
 """The loop: what it computes, what it writes, and how it goes on."""
 import math
 import os
+import re
 import subprocess
 import sys
 from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from eval import imagenet
+from eval.tasks import task_of
+from photographs import ade_folder, coco_folder, image_folder
 from train import classification, loop
 from train.classification import mixed_cross_entropy
 from train.config import resolve
 from train.state import TrainingState
-from training import ROOT, TINY, assert_same, checkpoint, repeatable, rows, tiny, train
+from training import ROOT, TINY, assert_same, checkpoint, detector, repeatable, rows, segmenter, tiny, train
 
 
 @pytest.mark.parametrize("attn, amp", [("elsa", "none"), ("window", "fp16")])
@@ -153,6 +158,51 @@ def test_non_finite_loss_stops_and_keeps_the_last_epoch(tmp_path, monkeypatch):
     with pytest.raises(FloatingPointError, match=r"step 4 \(epoch 2.*is nan.*last losses: \d.*nan"):
         train(tiny(out=str(tmp_path / "run")))
     assert checkpoint(tmp_path / "run")["epoch"] == 1
+
+
+@pytest.mark.parametrize("config, folder, pattern", [
+    (tiny(), lambda root: image_folder(root, {"train": 3, "val": 1}), "train/(cat|dog)/[012].(png|jpg)"),
+    (segmenter(), ade_folder, "images/training/[0-4].jpg"),
+    (detector(), coco_folder, "instances_train2017.json, [0-4].png")], ids=["class", "segment", "detect"])
+def test_a_loss_that_is_not_finite_names_its_images(tmp_path, config, folder, pattern):
+    """Those of the pass in question, one of the two in a step."""
+    task, named = task_of(config.model), set()
+    for guilty in (1, 2):
+        passes = []
+
+        def loss(model, batch, config, rng):
+            passes.append(1)
+            return sum(parameter.sum() for parameter in model.parameters()) * (math.nan if len(passes) == guilty else 0)
+        options = dict(data=str(tmp_path / "data"), out=str(tmp_path / f"run{guilty}"), batch_size=4, accumulate=2,
+                       limit=4)
+        folder(tmp_path / "data") if guilty == 1 else None
+        training = SimpleNamespace(datasets=task.training.datasets, loss=loss)
+        with pytest.raises(FloatingPointError, match=f"It is of .*{pattern}, .*{pattern}. `--resume`") as error:
+            loop.train(replace(config, **options), training, task.evaluation)
+        named.add(str(error.value).split("It is of ")[1])
+    assert len(named) == 2
+
+
+def test_images_are_named_by_their_keys(tmp_path, monkeypatch):
+    class Named(classification.Scenes):
+        def name(self, index):
+            return f"scene {index}"
+
+        def __getitem__(self, key):
+            image, label = super().__getitem__(key)
+            return image * (math.nan if key == (1, 5) else 1), label
+    monkeypatch.setattr(classification, "Scenes", Named)
+    with pytest.raises(FloatingPointError, match=r"epoch 2.* is nan.*It is of (scene \d+, ){3}scene \d+\.") as error:
+        train(tiny(out=str(tmp_path / "run"), accumulate=2))
+    assert re.search(r"scene 5\b", str(error.value))
+
+
+def test_what_one_image_a_pass_cannot_do_is_said(tmp_path, capsys):
+    train(tiny(out=str(tmp_path / "run"), epochs=1, batch_size=2, accumulate=2, limit=2, mixup=0.8, cutmix=1.0))
+    assert "without effect: mixup, cutmix; a pass has one image" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="one image for each of 2 accumulated passes.*batch norm.*at least 4"):
+        train(segmenter(out=str(tmp_path / "none"), batch_size=2, accumulate=2))
+    assert not (tmp_path / "none").exists()
 
 
 def test_gradients_are_clipped_in_their_own_units(tmp_path, monkeypatch):

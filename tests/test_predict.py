@@ -125,7 +125,7 @@ def test_colours_differ():
 def test_letters_that_the_font_lacks_are_written_as_their_numbers():
     assert drawing.writable("Müll, Ёлка 50%") == "Müll, Ёлка 50%"
     assert drawing.writable("fu\u0308r") == "für"  # as file names of macOS have it
-    assert drawing.writable("犬 a\nb\udce9") == "U+72AC aU+000AbU+DCE9"
+    assert drawing.writable("犬 a\nb\udce9\u202e") == "U+72AC aU+000AbU+DCE9U+202E"
     lines = [(None, "ü"), (None, "u"), (None, "犬")]
     drawn = [np.asarray(drawing.with_legend(Image.new("RGB", (256, 30)), [line]))[:, 256:] for line in lines]
     tops = [np.flatnonzero((picture < 128).any((1, 2)))[0] for picture in drawn]
@@ -145,7 +145,8 @@ def test_photographs_of_any_shape_have_their_names_beside_them(H, W):
 def test_long_names_stand_beside_and_short_ones_inside():
     for name, inside in (("ant", True), ("an ant " * 9, False)):
         ant = {"class": name, "score": 1.0, "box": [250, 190, 299, 199]}
-        drawn = np.asarray(drawing.draw_objects(np.zeros((200, 300, 3), np.uint8), [ant], np.zeros((1, 200, 300), bool)))
+        black = np.zeros((200, 300, 3), np.uint8)
+        drawn = np.asarray(drawing.draw_objects(black, [ant], np.zeros((1, 200, 300), bool)))
         assert (drawn.shape[1] == 300) == inside
         assert ((drawn[172:190, 240:300] == drawing.colour(0)).all(-1).mean() > 0.5) == inside
 
@@ -200,7 +201,7 @@ def test_results_of_one_name_do_not_replace_each_other(command):
     assert command("b.jpg") == 0
     Image.new("RGB", (40, 60)).save("b.png")
     assert command("b.png") == 0  # of another image, in a later run
-    assert {"b.json", "b.png.json"} <= set(seen()) and json.loads(Path("new/seen/b.json").read_text())["image"] == "b.jpg"
+    assert "b.png.json" in seen() and json.loads(Path("new/seen/b.json").read_text())["image"] == "b.jpg"
 
 
 def test_damaged_photographs_end_nothing_and_are_named(command, capsys):

@@ -136,6 +136,42 @@ def with_tables(cascade, num_samples=10 ** 6):
     return head
 
 
+@pytest.mark.parametrize("cascade", [False, True])
+def test_objects_without_a_mask_have_no_weight_in_the_loss_of_masks_alone(cascade):
+    head, maps = with_tables(cascade), feature_maps()
+    head.mask_head = torch.nn.ModuleList(MaskHead(4, CLASSES) for _ in range(3)) if cascade else MaskHead(4, CLASSES)
+    proposals = [random_boxes(40, seed=i, size=size) for i, size in enumerate(SIZES)]
+
+    def losses(has_mask, first_mask):
+        given_targets = targets()
+        for target, flags in zip(given_targets, has_mask):
+            target["has_mask"] = torch.tensor(flags)
+        given_targets[0]["masks"][0] = first_mask
+        return head.losses(maps, proposals, SIZES, given_targets)
+
+    known, unknown = ([losses([[flag, True], [True]], mask) for mask in (False, True)] for flag in (True, False))
+    plain = head.losses(maps, proposals, SIZES, [{**target} for target in targets()])
+    every = losses([[True, True], [True]], targets()[0]["masks"][0])
+    for name in plain:
+        assert torch.equal(plain[name], every[name])
+        if name.startswith("mask"):
+            assert known[0][name] != known[1][name] and unknown[0][name] == unknown[1][name] > 0
+            nothing = losses([[False, False], [False]], False)[name]
+            assert nothing == 0 and nothing.requires_grad
+        else:
+            assert unknown[0][name] == plain[name]
+
+
+def test_mask_targets_in_chunks_are_those_of_all_at_once():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(20, 1000, 1200, generator=generator) < 0.5  # two chunks
+    matched, boxes = torch.randint(20, (50,), generator=generator), random_boxes(50, seed=3, size=(1000, 1200))
+    rois = torch.cat([matched[:, None].float(), boxes], 1)
+    whole = roi_align(masks[:, None].float(), rois, 28, aligned=True)[:, 0] >= 0.5
+    assert torch.equal(mask_targets(masks, matched, boxes), whole.float())
+    assert mask_targets(masks[:0], matched[:0], boxes[:0]).shape == (0, 28, 28)
+
+
 def random_boxes(count, seed, size=(64, 96)):
     corners = torch.rand(count, 2, 2, generator=torch.Generator().manual_seed(seed)).sort(1).values
     return (corners * torch.tensor([size[1], size[0]])).flatten(1)

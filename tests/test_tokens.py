@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import Subset
+from torchvision.datasets import ImageFolder
 
 from train import augment, classification, loop, photographs, tokens
 from train.classification import token_cross_entropy
@@ -194,6 +196,19 @@ def test_map_goes_wherever_the_image_goes(options):
         augment.OPERATIONS = operations
 
 
+def test_an_image_has_the_map_of_its_class_and_name(tmp_path):
+    samples = [(str(tmp_path / "cat" / name), 0) for name in ("0.jpg", "more/1.png", "0.png")]
+    (tmp_path / "maps" / "cat").mkdir(parents=True)
+    for name in ("0", "1"):
+        torch.save(torch.zeros(2, 1, 1, 1), tmp_path / "maps" / "cat" / f"{name}.pt")
+    tree = ImageFolder.__new__(ImageFolder)
+    tree.classes, tree.samples = ["cat"], samples
+    labels = tokens.TokenLabels(tmp_path / "maps", tree, Subset(tree, [0, 1]))
+    assert [path.name for path in labels.paths] == ["0.pt", "1.pt"] and labels[1].shape == (2, 1, 1, 1)
+    with pytest.raises(ValueError, match="0.jpg and .*0.png share one name"):
+        tokens.TokenLabels(tmp_path / "maps", tree, tree)
+
+
 @pytest.fixture
 def photos(tmp_path):
     """An ImageFolder tree of two classes, and a label map for every training image."""
@@ -240,6 +255,7 @@ def test_what_is_wrong_with_label_maps_is_said(photos):
         (torch.zeros(3, 18, 18), "(2, classes, rows, columns)"),
         (torch.full((2, 5, 18, 18), 2.0), "2 classes"),
         (torch.full((2, 5, 18, 18), -1.0), "classes -1 to -1"),
+        (torch.full((2, 5, 18, 18), float("nan")), "(NaN)"),
         (b"junk", "cannot be read"),
     ):
         broken.write_bytes(content) if isinstance(content, bytes) else torch.save(content, broken)

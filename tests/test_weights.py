@@ -94,6 +94,9 @@ def test_what_does_not_fit_is_listed_and_nothing_is_loaded():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match="relative_position_bias_table is .* the model has"):
         load_weights(tiny("neighborhood", kernel_size=5), tiny("neighborhood").state_dict())
+    table = {"layers.0.blocks.0.attn.relative_position_bias_table": torch.zeros(9, 9)}  # of nine heads, not a window's
+    with pytest.raises(ValueError, match=r"bias_table is \(9, 9\), the model has \(1, 9\)"):
+        load_weights(tiny("neighborhood"), tiny("neighborhood").state_dict() | table)
 
 
 def test_bias_tables_of_another_window_are_interpolated_and_that_is_said(capsys):

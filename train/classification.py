@@ -151,6 +151,8 @@ class PhotographFolder(ImageFolder):
 
         super().__init__(root, transform, loader=load_image, is_valid_file=is_photograph)
         self.notes = left_out(others)
+        # As UTF-8, whatever the locale takes them for: a checkpoint is known by them everywhere.
+        self.classes = [os.fsencode(name).decode("utf-8", "surrogateescape") for name in self.classes]
 
     def find_classes(self, directory):
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")

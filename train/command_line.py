@@ -23,6 +23,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv):
         argv = [re.sub(r"^--[^=]*", lambda option: option[0].replace("_", "-"), word) for word in argv]
+        for i in range(len(argv) - 1, 0, -1):  # argparse takes -1e-3 for an option
+            if re.fullmatch(r"-[\d.]+e[-+]?\d+", argv[i]) and argv[i - 1].startswith("--"):
+                argv[i - 1:i + 1] = [f"{argv[i - 1]}={argv[i]}"]
         known, unknown = self.parse_known_intermixed_args(argv)
         for word in unknown:
             if word.startswith("-"):

@@ -45,6 +45,8 @@ class Config:
     val_limit: int | None = key("data", None, "so many validation images, of all classes alike")
     exif: str = key("data", "apply", "where it is unclear whether annotations follow EXIF orientation: apply or ignore",
                     ("segmentation", "detection"))
+    masks: str = key("data", "required", "required: objects without a mask are refused; optional: they are boxes alone",
+                     "detection")
     zero_label: str = key("data", "ignore", "label 0: ignore, it is unlabelled; class, it is the first class",
                           "segmentation")
     bad_images: int | None = key("data", None, "unreadable training images that a run bears; null: 0.1 %, at least 10")
@@ -196,27 +198,48 @@ def recipe_path(model, data=None, recipe=None, attn=None):
     return own if attn in (None, "window") and own.exists() else RECIPES / f"{model}.yaml"
 
 
-def read_recipe(path):
+def read_recipe(path, above=()):
     """A YAML file of Config keys -> dict. The key `base` names a recipe beside it, whose keys hold where the file has
-    none.
+    none. above: names of those that are based on it.
 
-    Raises ValueError for an unknown key, naming the nearest.
+    Raises ValueError for an unknown key, naming the nearest, and for one that stands twice.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no recipe at {path}; there is: {_shipped()}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}; expected a mapping of configuration keys to values")
+    values = _read_mapping(path)
     base = values.pop("base", None)
     if base is not None:
-        values = {**read_recipe(Path(path).with_name(f"{base}.yaml")), **values}
+        above = (*above, Path(path).stem)
+        if not isinstance(base, str) or Path(base).name != base or base in above:
+            raise ValueError(f"{path}: base = {base!r} does not fit; expected the name of another recipe beside it, "
+                             "without .yaml")
+        values = {**read_recipe(Path(path).with_name(f"{base}.yaml"), above), **values}
     for name in values:
         if name not in KEYS:
             raise ValueError(f"unknown key {name!r} in {path}; {nearest(str(name), KEYS)}`run.py train MODEL --help` "
                              "lists all")
+    return values
+
+
+def _read_mapping(path):
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        depth = 0
+        for event in yaml.parse(text):  # a few lines of aliases, or of brackets, fill the memory
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > 20:
+                raise ValueError("it has aliases, *name, or brackets in brackets; write values out")
+        node, values = yaml.compose(text), yaml.safe_load(text)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no recipe at {path}; there is: {_shipped()}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error})") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}; expected a mapping of configuration keys to values")
+    names = [name.value for name, _ in node.value]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path}: {twice[0]} stands twice; expected each key once")
     return values
 
 
@@ -299,6 +322,7 @@ def check(config):
     expect(config.cosine_from in ("warmup", "zero"), "cosine_from", "warmup or zero")
     expect(config.lr_per in ("step", "epoch"), "lr_per", "step or epoch")
     expect(config.select in ("best", "last"), "select", "best or last")
+    expect(config.masks in ("required", "optional"), "masks", "required or optional")
     expect(config.exif in ("apply", "ignore"), "exif", "apply or ignore")
     expect(config.zero_label in ("ignore", "class"), "zero_label", "ignore or class")
     expect(config.bad_images is None or config.bad_images >= 0, "bad_images", "0 or more")

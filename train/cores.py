@@ -13,10 +13,9 @@ def settle_threads():
     cores = available()
     if cores < _allowed():  # OpenMP knows the affinity, not the quota
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
-    # Threads that wait sleep soon: where they spin, they take the cores from those that they wait for as soon as
-    # anything else runs on the machine.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Threads that wait sleep: where they spin, they take the cores from those that they wait for as soon as anything
+    # else runs on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _allowed():

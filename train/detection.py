@@ -3,8 +3,6 @@
 Augmentation is that of the published configurations (mmdetection 2.11's, after DETR and Sparse R-CNN).
 """
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,11 +11,14 @@ from faster_coco_eval import mask as rle
 from torch.utils.data import Dataset
 
 from train import data, scenes
+from train.coco_folder import CocoFolder, run_lengths
 from train.device import autocast
-from train.photographs import fit_size, load_image, resize, to_tensor
+from train.photographs import fit_size, resize, to_tensor
 
 MAX_RATIO = 5 / 3  # the long side, at most, in short sides: 1333 for 800
 SIZE_DIVISOR = 32  # the sides of images are padded to multiples of it
+MIN_SIDE = 32  # of a photograph to be trained on
+MIN_BOX = 0.1  # pixels: of less than that, after the last resize, no box is left to learn
 
 
 def datasets(config):
@@ -28,7 +29,10 @@ def datasets(config):
     validation, classes = validation_set(config)
     if config.data is None:
         return Scenes.of(config), validation, classes
-    training = CocoFolder(config.data, "train")
+    if not validation.annotated:
+        raise ValueError(f"{validation.folder.file} has no annotations; expected them for the validation of a training "
+                         "run")
+    training = CocoFolder(config.data, "train", config.masks, config.exif)
     if training.classes != classes:
         raise ValueError(f"--data {config.data}: the categories of train and val differ; expected the same ids and "
                          "names in both files")
@@ -40,7 +44,7 @@ def validation_set(config):
     most 5/3 of it. Samples: see Photographs."""
     if config.data is None:
         return Scenes.of(config, validation=True), list(scenes.CLASSES)
-    folder = CocoFolder(config.data, "val")
+    folder = CocoFolder(config.data, "val", config.masks, config.exif)
     return Photographs(folder, config.img_size, config.val_limit), folder.classes
 
 
@@ -58,12 +62,16 @@ def loss(model, batch, config, rng):
 class Scenes(data.Scenes):
     """Rendered scenes with their boxes and masks. Training: as AugmentedPhotographs. Validation: as Photographs."""
     category_ids = list(range(len(scenes.CLASSES)))
+    annotated = True
+
+    def image_id(self, index):
+        return index
 
     def __getitem__(self, key):
         scene = self.draw(key)
         image = to_tensor(scene.image)
         if not self.validation:
-            return image, scene.boxes, scene.labels, scene.masks
+            return image, scene.boxes, scene.labels, scene.masks, np.ones(len(scene.labels), bool)
         codes = rle.encode(np.asfortranarray(scene.masks.astype(np.uint8).transpose(1, 2, 0)))
         annotations = []
         for box, label, mask, code in zip(scene.boxes.tolist(), scene.labels.tolist(), scene.masks, codes):
@@ -77,129 +85,70 @@ class Scenes(data.Scenes):
         return collate(samples)
 
 
-class CocoFolder:
-    """COCO's layout: DIR/annotations/instances_<split>2017.json, or another year or none, the photographs in
-    DIR/<split>2017/.
-
-    classes: names, in the order of their ids. images: records of the photographs. annotations: those of each image, a
-    list, where category_id is the class, from 0. Raises FileNotFoundError or ValueError, naming the file, for what is
-    missing or does not fit.
-    """
-
-    def __init__(self, folder, split):
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"--data {folder}: no such folder; "
-                                    "expected one with annotations/, train2017/ and val2017/")
-        files = sorted((Path(folder) / "annotations").glob(f"instances_{split}*.json"))
-        if len(files) != 1:
-            raise FileNotFoundError(f"--data {folder}: expected one annotations/instances_{split}*.json, as "
-                                    f"instances_{split}2017.json; found {[file.name for file in files]}")
-        self.file = files[0]
-        self.root = Path(folder) / self.file.stem.removeprefix("instances_")
-        try:
-            self._read(json.loads(self.file.read_text()))
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
-            problem = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{self.file} is not COCO's instance annotations ({problem}); expected images, "
-                             "annotations and categories, every annotation with bbox, area, segmentation and known "
-                             "image_id and category_id") from error
-        names = [image["file_name"] for image in self.images]
-        outside = [name for name in names if os.path.isabs(name) or os.path.normpath(name).startswith("..")]
-        if outside:
-            raise ValueError(f"{self.file} names files outside of {self.root}: {outside[:5]}; they were refused, "
-                             "expected names inside of it")
-        missing = [name for name in names if not (self.root / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"--data {folder}: {len(missing)} of the {len(names)} photographs in "
-                                    f"{self.file.name} are not in {self.root}; missing are {', '.join(missing[:10])}")
-
-    def _read(self, content):
-        images, entries, categories = content["images"], content["annotations"], content["categories"]
-        categories = sorted(categories, key=lambda category: category["id"])
-        self.classes = [category["name"] for category in categories]
-        self.category_ids = [category["id"] for category in categories]
-        self.images = sorted(images, key=lambda image: image["id"])
-        label_of = {category: label for label, category in enumerate(self.category_ids)}
-        of_image = {image["id"]: [] for image in self.images}
-        for entry in entries:
-            of_image[entry["image_id"]].append({
-                "image_id": entry["image_id"], "category_id": label_of[entry["category_id"]],
-                "bbox": [float(side) for side in entry["bbox"]], "area": float(entry["area"]),
-                "iscrowd": int(entry.get("iscrowd", 0)), "segmentation": entry["segmentation"]})
-        self.annotations = [of_image[image["id"]] for image in self.images]
-
-    def name(self, index):
-        """Name of a photograph, for errors."""
-        return f"{self.file}, {self.images[index]['file_name']}"
-
-    def pixels(self, index):
-        """The photograph as (H, W, 3) uint8. As in COCO, its EXIF orientation is not applied."""
-        image = self.images[index]
-        path = self.root / image["file_name"]
-        pixels = np.asarray(load_image(path))
-        if pixels.shape[:2] != (image["height"], image["width"]):
-            raise ValueError(f"{path} is {pixels.shape[0]} x {pixels.shape[1]} pixels; {self.file.name} says "
-                             f"{image['height']} x {image['width']}")
-        return pixels
-
-
 def objects(annotations, height, width, name):
-    """What is trained on: no crowds, nothing below one pixel or out of the image.
+    """What is trained on: no crowds, nothing that is to be ignored, below one pixel or out of the image.
 
-    -> (boxes (n, 4) float32, labels (n,) int64, masks (n, H, W) bool). name: of the image, for errors.
+    -> (boxes (n, 4) float32, labels (n,) int64, masks (n, H, W) bool, has_mask (n,) bool: False where a mask, all False
+    here, is not known). name: of the image, for errors.
     """
-    boxes, labels, masks = [], [], []
+    boxes, labels, masks, has_mask = [], [], [], []
     for annotation in annotations:
         x, y, w, h = annotation["bbox"]
         inside = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
-        if annotation["iscrowd"] or annotation["area"] <= 0 or w < 1 or h < 1 or not inside:
+        skipped = annotation["iscrowd"] or annotation["ignore"]
+        if skipped or annotation["area"] <= 0 or w < 1 or h < 1 or not inside:
             continue
         boxes.append([x, y, x + w, y + h])
         labels.append(annotation["category_id"])
-        masks.append(rle.decode(run_lengths(annotation["segmentation"], height, width, name)))
+        code = run_lengths(annotation["segmentation"], height, width, name)
+        has_mask.append(code is not None)
+        masks.append(rle.decode(code) if code else np.zeros((height, width), bool))
     boxes, masks = np.array(boxes, np.float32).reshape(-1, 4), np.array(masks, bool).reshape(-1, height, width)
-    return boxes, np.array(labels, np.int64), masks
+    return boxes, np.array(labels, np.int64), masks, np.array(has_mask, bool)
 
 
-def run_lengths(segmentation, height, width, name):
-    """Polygons [[x, y, x, y, ...], ...], or a run-length code, compressed or not -> compressed.
+def left_out(folder, used, config):
+    """Lines on what of a CocoFolder is not trained on. used: indices of its photographs that are."""
+    heights, widths, counts = folder.heights.numpy(), folder.widths.numpy(), folder.starts.diff().numpy()
+    small = np.flatnonzero((np.minimum(heights, widths) < MIN_SIDE) & (counts > 0))
+    photographs = [f"{(counts == 0).sum()} without objects"] * bool((counts == 0).any())
+    if len(small):
+        photographs.append(f"{len(small)} with a side below {MIN_SIDE} pixels, as {folder.file_names[small[0]]} of "
+                           f"{heights[small[0]]} x {widths[small[0]]}")
 
-    Raises ValueError, naming the image, if it is damaged.
-    """
-    try:
-        if isinstance(segmentation, list):
-            polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-            if polygons:
-                code = rle.merge(rle.frPyObjects(polygons, height, width))
-            else:
-                code = rle.encode(np.zeros((height, width), np.uint8, order="F"))
-        elif isinstance(segmentation["counts"], list):
-            code = rle.frPyObjects(segmentation, height, width)
-        else:
-            code = segmentation
-        if tuple(code["size"]) != (height, width):
-            raise ValueError(f"its size is {code['size']}, the image's {[height, width]}")
-        if not isinstance(segmentation, list):
-            rle.decode(code)  # reads it
-        return code
-    except Exception as error:  # the library raises whatever its parts do
-        raise ValueError(f"{name}: a segmentation cannot be read ({type(error).__name__}: {error}); expected polygons "
-                         "of three points or more, or a run-length code of the image's size") from error
+    rows = np.isin(image := np.repeat(np.arange(len(folder)), counts), used)
+    image, size = image[rows], np.stack([widths, heights], 1)
+    start, side = np.split(folder.boxes.numpy()[rows], 2, 1)
+    seen = np.minimum(start + side, size[image]) - np.maximum(start, 0)  # width and height inside of the photograph
+    short, long = size.min(1), size.max(1)
+    scale = np.minimum(config.img_size * config.resize[1] / short, config.img_size * MAX_RATIO / long)[image]
+    reasons = {"crowds": folder.crowd.numpy()[rows] > 0, "to be ignored": folder.ignore.numpy()[rows] > 0,
+               "outside of their photograph": (seen <= 0).any(1), "below one pixel": (side < 1).any(1),
+               "without area": folder.areas.numpy()[rows] <= 0,
+               f"with less than {MIN_BOX} pixels inside of it": (seen.min(1, initial=np.inf) * scale < MIN_BOX)}
+    objects, counted = [], np.zeros(len(image), bool)
+    for reason, chosen in reasons.items():  # each object by the first that holds
+        number = int((chosen & ~counted).sum())
+        objects += [f"{number} {reason}"] * bool(number)
+        counted |= chosen
+    return [f"left out: {what} {', '.join(parts)}"
+            for what, parts in (("photographs:", photographs), ("objects:", objects)) if parts]
 
 
 class AugmentedPhotographs(Dataset):
     """Photographs with annotations, as published also those with crowds alone, for training; keys (epoch, index).
 
-    Samples: image (3, h, w) float32, boxes (n, 4) float32, labels (n,) int64, masks (n, h, w) bool.
+    Samples: image (3, h, w) float32, boxes (n, 4) float32, labels (n,) int64, masks (n, h, w) bool, has_mask (n,) bool,
+    see objects(). notes: what is left out.
     """
 
     def __init__(self, folder, config):
         self.folder, self.config = folder, config
-        usable = [i for i, image in enumerate(folder.images)
-                  if min(image["width"], image["height"]) >= 32 and folder.annotations[i]]
-        self.indices = usable[:config.limit]
+        usable = (torch.minimum(folder.widths, folder.heights) >= MIN_SIDE) & (folder.starts.diff() > 0)
+        self.indices = usable.nonzero()[:config.limit, 0]
         # Photographs of one orientation make a batch, so that little is padded.
-        self.groups = [int(folder.images[i]["width"] > folder.images[i]["height"]) for i in self.indices]
+        self.groups = (folder.widths > folder.heights)[self.indices].int()
+        self.notes = left_out(folder, self.indices.numpy(), config) + folder.notes
 
     def __len__(self):
         return len(self.indices)
@@ -210,17 +159,20 @@ class AugmentedPhotographs(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        i = self.indices[index]
+        i = int(self.indices[index])
         pixels = self.folder.pixels(i)
-        found = objects(self.folder.annotations[i], *pixels.shape[:2], self.folder.name(i))
-        return data.with_generator((self.config.seed, epoch, index), augment, pixels, *found, self.config)
+        boxes, labels, masks, has_mask = objects(self.folder.annotations(i), *pixels.shape[:2], self.folder.name(i))
+        image, boxes, kept, masks = data.with_generator(
+            (self.config.seed, epoch, index), augment, pixels, boxes, np.arange(len(labels)), masks, self.config)
+        return image, boxes, labels[kept], masks, has_mask[kept]
 
     def collate(self, samples):
         return collate(samples)
 
 
 def augment(pixels, boxes, labels, masks, config):
-    """Flip; half of the time a crop from a smaller resize; then resize by a random ratio. -> a sample"""
+    """Flip; half of the time a crop from a smaller resize; then resize by a random ratio; what is hardly a box then is
+    left out. -> (image, boxes, labels, masks)"""
     if torch.rand(()) < config.flip:
         pixels, masks, width = pixels[:, ::-1], masks[:, :, ::-1], pixels.shape[1]
         boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
@@ -230,7 +182,8 @@ def augment(pixels, boxes, labels, masks, config):
         pixels, boxes, labels, masks = random_crop(pixels, boxes, labels, masks, config)
     low, high = config.resize
     pixels, boxes, masks = rescale(pixels, boxes, masks, config, low + (high - low) * int(torch.randint(11, ())) / 10)
-    return to_tensor(pixels), boxes, labels, masks
+    kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX).all(1)
+    return to_tensor(pixels), boxes[kept], labels[kept], masks[kept]
 
 
 def rescale(pixels, boxes, masks, config, ratio):
@@ -259,42 +212,51 @@ def random_crop(pixels, boxes, labels, masks, config):
 
 
 def collate(samples):
-    """Samples -> images (N, 3, H, W) padded with zeros, their sizes [(h, w), ...], targets, a dict of boxes, labels and
-    masks for each."""
+    """Samples -> images (N, 3, H, W) padded with zeros, their sizes [(h, w), ...], targets, a dict of boxes, labels,
+    masks and has_mask for each."""
     sizes = [tuple(image.shape[1:]) for image, *_ in samples]
     H, W = (-(-max(sides) // SIZE_DIVISOR) * SIZE_DIVISOR for sides in zip(*sizes))
     images, targets = torch.zeros(len(samples), 3, H, W), []
-    for i, (image, boxes, labels, masks) in enumerate(samples):
+    for i, (image, boxes, labels, masks, has_mask) in enumerate(samples):
         h, w = sizes[i]
         images[i, :, :h, :w] = image
         padded = torch.zeros(len(masks), H, W, dtype=torch.bool)
         padded[:, :h, :w] = torch.from_numpy(np.ascontiguousarray(masks))
         boxes = torch.from_numpy(np.ascontiguousarray(boxes, np.float32))
-        targets.append({"boxes": boxes, "labels": torch.from_numpy(labels), "masks": padded})
+        targets.append({"boxes": boxes, "labels": torch.from_numpy(labels), "masks": padded,
+                        "has_mask": torch.from_numpy(has_mask)})
     return images, sizes, targets
 
 
 class Photographs(Dataset):
     """What is shown to a detector of each photograph.
 
-    Samples: (image (3, H, W) float32, padded; its size (h, w) before; size of the photograph; id; annotations).
+    Samples: (image (3, H, W) float32, padded; its size (h, w) before; size of the photograph; index; annotations, as
+    COCO has them, but with index and class, from 0, as ids, and segmentation None where there is no mask). annotated:
+    whether there are annotations at all. notes: what is to be said.
     """
 
     def __init__(self, folder, size, limit=None):
         self.folder, self.size, self.category_ids = folder, size, folder.category_ids
-        self.length = min(len(folder.images), limit or len(folder.images))
+        self.annotated, self.notes = folder.annotated, folder.notes
+        self.length = min(len(folder), limit or len(folder))
 
     def __len__(self):
         return self.length
+
+    def image_id(self, index):
+        """As the file has it: a text or a number."""
+        return json.loads(self.folder.image_ids[index])
 
     def __getitem__(self, index):
         pixels = self.folder.pixels(index)
         image, size = resize_and_pad(pixels, self.size)
         annotations = []
-        for entry in self.folder.annotations[index]:
+        for entry in self.folder.annotations(index):
             code = run_lengths(entry["segmentation"], *pixels.shape[:2], self.folder.name(index))
-            annotations.append({**entry, "segmentation": code})
-        return image, size, pixels.shape[:2], self.folder.images[index]["id"], annotations
+            annotations.append({"image_id": index, "category_id": entry["category_id"], "bbox": entry["bbox"],
+                                "area": entry["area"], "iscrowd": entry["iscrowd"], "segmentation": code})
+        return image, size, pixels.shape[:2], index, annotations
 
 
 def resize_and_pad(pixels, img_size):

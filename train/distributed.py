@@ -70,8 +70,11 @@ def inventory(folder):
     return found
 
 
-def leave_ranks():
-    if dist.is_initialized():
+def leave_ranks(kind=None, *_):
+    """kind: of an exception on the way out, as __exit__ has it. After an error of one rank the others still wait, and
+    taking leave of them could wait for them: the watch ends the process."""
+    failed = kind is not None and issubclass(kind, Exception)
+    if dist.is_initialized() and not (failed and watch.current):
         dist.destroy_process_group()
 
 

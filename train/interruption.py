@@ -1,4 +1,6 @@
 """Signals that end a run early: what one rank is asked, all do together, when the step is made and saved."""
+import atexit
+import multiprocessing
 import os
 import signal
 
@@ -85,3 +87,12 @@ def outlive_signals(worker=None):
     for number in STATUS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+
+
+@atexit.register  # before that of multiprocessing, which sends SIGTERM to what is left, and waits
+def _end_workers():
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for an error
+    for child in children:
+        child.kill()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from train import data
+from train.bad_images import BadImages, Replacing, allowed
 from train.checkpoint import Checkpoints
 from train.config import task_of
 from train.device import peak_memory, to_device
@@ -42,7 +43,7 @@ def train(config, task, evaluation, resume=None, notes=()):
     """
     rank, world, device = join_ranks(config.device, config.timeout_minutes)
     with contextlib.ExitStack() as ends:
-        ends.callback(leave_ranks)
+        ends.push(leave_ranks)
         interruption = ends.enter_context(Interruption(rank, world, device))
         training, validation, classes = task.datasets(config)
         notes = [*notes, *notes_of("training", training), *notes_of("validation", validation)]
@@ -54,7 +55,8 @@ def train(config, task, evaluation, resume=None, notes=()):
         checkpoints = ends.enter_context(Checkpoints(folder, config.save_minutes))
         state = TrainingState(config, world, device, fresh=not folder.resumes)
         ends.callback(state.unwrap)
-        loader = data.training_loader(training, config, rank, world)
+        replacing = Replacing(training, allowed(config.bad_images, len(training)))
+        loader = data.training_loader(replacing, config, rank, world)
         val_loader = evaluation.loader(validation, per_rank, rank, world, data.num_workers(config))
         steps = len(loader) // config.accumulate  # of an epoch
         total = total_steps(steps, config)
@@ -64,6 +66,7 @@ def train(config, task, evaluation, resume=None, notes=()):
             del checkpoint  # of the model's size several times over
         else:
             notes += folder.make(config, resume)
+        loader = BadImages(loader, folder.path, rank)
         if rank == 0:
             folder.announce(config, notes, state, len(training), len(validation), world, device)
         tune_kernels(state.model, per_rank, config.img_size, config.amp, rank, device)
@@ -78,6 +81,7 @@ def train(config, task, evaluation, resume=None, notes=()):
                 if interruption.agreed is not None or checkpoints.due():
                     checkpoints.save(state.checkpoint(classes))
                 interruption.check()
+            loader.share()
             state.share_buffers()
             checkpoints.save(state.checkpoint(classes))  # the epoch is safe, whatever its evaluation meets
             result = evaluation.evaluate(state.evaluated, interruption.watch(val_loader), device, config.amp)
@@ -86,6 +90,7 @@ def train(config, task, evaluation, resume=None, notes=()):
             checkpoints.save(state.checkpoint(classes), best)
             folder.plot()
             progress.epoch(state.history[-1], config.epochs, evaluation.METRICS)
+        progress.say(loader.report())
         return state.history
 
 

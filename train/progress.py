@@ -34,5 +34,10 @@ class Progress:
             tqdm.write(f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  {val_loss}{scores}  "
                        f"{row['images_per_s']:.0f} images/s")
 
+    def say(self, lines):
+        if not self.quiet:
+            for line in lines:
+                tqdm.write(line)
+
     def close(self):
         self.bar.close()

@@ -64,8 +64,12 @@ class RunFolder:
               f"{config.img_size} px, {config.epochs} epochs in batches of {config.batch_size}, {world} x {device}")
         for note in notes:
             print("  " + note)
-        done = f"continues after step {state.step:,}, in epoch {state.epoch + 1}, in"
-        print(f"  {done if state.step else 'writes to'} {self.path}/")
+        if state.epoch >= config.epochs or state.epoch and state.step == config.max_steps:
+            print(f"  nothing is left to do: all {state.step:,} steps are made, in {self.path}/")
+        elif state.step:
+            print(f"  continues after step {state.step:,}, in epoch {state.epoch + 1}, in {self.path}/")
+        else:
+            print(f"  writes to {self.path}/")
         print("configuration:\n" + "".join("  " + line + "\n" for line in text.splitlines()), flush=True)
 
     def log(self, **row):

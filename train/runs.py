@@ -104,15 +104,14 @@ def has_checkpoint(path):
 
 
 def _is_of(path, config):
-    """Whether the run in this folder trains on the data of `config`, and nothing else of the same name: photos-2 may
-    be the second run on photos, or the first on photos-2, and there are many folders called photos."""
+    """Whether the run in this folder, of the right name, trains on the data of `config`: photos-2 may be the second run
+    on photos, or the first on photos-2, and there are many folders called photos."""
     try:
         saved = read_recipe(path / "config.yaml")
     except (ValueError, OSError):
         return False
-    same_model = (saved.get("model"), saved.get("attn")) == (config.model, config.attn)
     data = [None if folder is None else Path(folder).resolve() for folder in (saved.get("data"), config.data)]
-    return same_model and data[0] == data[1]
+    return data[0] == data[1]
 
 
 def saved_configuration(folder):

@@ -28,7 +28,7 @@ class TrainingState:
             raise ValueError(f"mix_token and token_labels are for models with logits for every token, as VOLO; "
                              f"{config.model} has none")
         if config.weights and fresh:
-            load_weights(self.model, config.weights, classifier=not config.fresh_head)
+            self._start_from(config)
         if world > 1 and device.type == "cuda" and task_of(config.model) != "classification":
             # The images of a rank are too few for statistics of their own.
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -43,6 +43,17 @@ class TrainingState:
             self.ema.n_averaged.fill_(1)  # not 0: every update averages, as published; the first would copy
         self.epoch, self.history = 0, []
         self.step, self.losses, self.seconds = 0, [], 0.0
+
+    def _start_from(self, config):
+        try:
+            load_weights(self.model, config.weights, classifier=not config.fresh_head)
+        except ValueError as error:
+            try:
+                load_weights(self.model, config.weights, classifier=False)
+            except ValueError:
+                raise error from None
+            raise ValueError(f"--weights {config.weights}: all of it fits but the classifier, which is not for the "
+                             f"{config.num_classes} classes of this run; --fresh-head starts with a new one") from error
 
     def wrap(self):
         """torch.compile and DistributedDataParallel, last of all: they keep what they have seen of the model."""

@@ -32,7 +32,6 @@ TOGETHER = 0.5  # seconds in which ranks that all stumble over the same have sai
 # Files whose innermost frame means that a rank waits for others; backward exchanges gradients.
 WAITING = ("torch/distributed/", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py", "train/distributed.py",
            "train/watch.py")
-USERS = (ValueError, OSError, FloatingPointError, OverflowError)  # what a user can mend: shown without traceback
 
 current = None  # the watch of this process, or None: it is alone
 
@@ -100,9 +99,9 @@ class Watch:
                 for rank in self.peers:
                     self._send(rank, left=True)
             return
-        if not isinstance(error, USERS) or os.environ.get("ELSA_TRACEBACK"):
+        if os.environ.get("ELSA_TRACEBACK"):
             self.trace = "".join(traceback.format_exception(error))
-        message = self.message_of(error) if isinstance(error, USERS) else f"{type(error).__name__}: {error}"
+        message = self.message_of(error)
         # A rank that waited for one that died learns it from its collective, maybe before rank 0 does.
         urgency = 2 if isinstance(error, RuntimeError) else 1
         if self.rank == 0:
