@@ -64,7 +64,6 @@ def draw_objects(pixels, objects, masks):
         draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour(i), width=2)
         if inside:
             left, top = max(0, min(x0, canvas.width - widths[i])), max(0, y0 - 18)
-            top = min(top, canvas.height - 18)
             draw.rectangle((left, top, left + widths[i], top + 18), fill=colour(i))
             draw.text((left + 2, top + 1), texts[i], fill="black", font=font())
     return canvas if inside else with_legend(canvas, [(colour(i), text) for i, text in enumerate(texts)])

@@ -46,8 +46,8 @@ def run(config, weights, classes, multi_scale=False, dump=None):
         if dump:
             check_dump(dump, evaluation.DUMPS, config.data, weights)
             if evaluation.DUMPS == "folder" and config.num_classes > 255:
-                raise ValueError(f"--dump: {config.num_classes} classes; expected at most 255, which fit into PNGs of 8 "
-                                 "bits from 1 on")
+                raise ValueError(f"--dump: {config.num_classes} classes; expected at most 255, which fit into PNGs of "
+                                 "8 bits from 1 on")
         model = load_model(config, weights).to(device)
         loader = evaluation.loader(dataset, math.ceil(config.batch_size / world), rank, world, num_workers(config))
         if rank == 0:

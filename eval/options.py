@@ -10,8 +10,8 @@ from train import config as configuration
 from train.command_line import Parser
 
 # Taken from a checkpoint.
-TRAINED = ("attn", "img_size", "crop_pct", "num_classes", "patch_size", "window_size", "model_args", "seed", "exif",
-           "zero_label")
+TRAINED = ("attn", "img_size", "crop_pct", "num_classes", "patch_size", "window_size", "model_args", "seed", "masks",
+           "exif", "zero_label")
 OPTIONS = TRAINED + ("data", "val_limit", "batch_size", "device", "amp", "workers")
 
 

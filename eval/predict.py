@@ -131,9 +131,7 @@ def results_of(images, out):
 
 def of_another(place, image):
     earlier = predicted(place.with_name(f"{place.name}.json"))
-    if earlier is not None and os.path.exists(earlier):
-        return not image.samefile(earlier)
-    return earlier not in (None, str(image))
+    return earlier is not None and not (os.path.exists(earlier) and image.samefile(earlier))
 
 
 def predicted(path):

@@ -40,7 +40,7 @@ def elsa_attention(v, logits, ghost_mul=None, ghost_add=None, *, kernel_size, di
 
     Differentiable once in v, logits, ghost_mul and ghost_add, backward and forward (torch.func's grad, jvp, vmap; vmap
     calls sample by sample); two runs are bit-identical. CUDA tensors go through the Triton kernels, CPU tensors through
-    a loop over taps, or through Triton's interpreter if TRITON_INTERPRET=1.
+    a loop over taps, or through the kernels too if ELSA_BACKEND=triton.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; the message names it.

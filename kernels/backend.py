@@ -14,12 +14,24 @@ MAX_GROUP_WIDTH = 128  # channels of a group in the convolution's kernels, whose
 
 
 def uses_triton(x):
-    """On CUDA always, on a CPU if TRITON_INTERPRET=1 asks for Triton's interpreter. Raises ModuleNotFoundError where
-    it would be used and is not installed."""
-    used = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    """On CUDA always; on a CPU if ELSA_BACKEND=triton in the environment says so when an operator is called.
+
+    What runs the kernels is Triton's business: its interpreter, if TRITON_INTERPRET=1 was set when they were imported,
+    else its active driver, which for CPU tensors is a stand-in.
+
+    Raises:
+        ValueError: ELSA_BACKEND has another value.
+        ModuleNotFoundError: Triton would be used and is not installed.
+    """
+    asked = os.environ.get("ELSA_BACKEND", "")
+    if asked not in ("", "triton"):
+        raise ValueError(f"ELSA_BACKEND: got {asked!r}, expected triton, which sends CPU tensors through the Triton "
+                         "kernels; unset it for the CPU path")
+    used = x.is_cuda or asked == "triton"
     if used and not HAS_TRITON:
-        raise ModuleNotFoundError("triton is not installed, which GPUs and TRITON_INTERPRET=1 need: install it (pip "
-                                  "install triton); with TRITON_INTERPRET unset CPUs do without", name="triton")
+        raise ModuleNotFoundError("triton is not installed, and tensors on a GPU need it, as do those on a CPU while "
+                                  "ELSA_BACKEND=triton is set: install it (pip install triton), or unset ELSA_BACKEND, "
+                                  "for a CPU needs torch alone", name="triton")
     return used
 
 

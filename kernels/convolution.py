@@ -1,6 +1,4 @@
 """Launching Hadamard attention's kernels: padded images, weights as matrices, and what the tuner may choose from."""
-import os
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -11,6 +9,7 @@ from kernels.convolution_kernels import dqk_kernel, dweight_kernel, hadamard_ker
 MIN_DOT = 16  # side of the smallest product that tl.dot takes
 MAX_BLOCK_P = 128  # pixels of a product
 MAX_COLUMNS = 128  # of a tile, neighbours times channels: it has to fit into shared memory
+INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
 SPLIT_SIZE = 2048  # pixels that one program of dweight_kernel sums, a multiple of MAX_BLOCK_P
 
 
@@ -92,8 +91,7 @@ class _Geometry:
         self.pitch = self.W + self.edge
         tiled = triton.cdiv(self.H * self.pitch, MAX_BLOCK_P) * MAX_BLOCK_P
         self.length = tiled + 2 * self.edge * (self.pitch + 1)  # as far as the last program reads
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        self.dtype = torch.float32 if interpreted else q.dtype  # the interpreter gets 16-bit products wrong
+        self.dtype = torch.float32 if INTERPRETED else q.dtype  # the interpreter gets 16-bit products wrong
         BLOCK_C = max(MIN_DOT, triton.next_power_of_2(self.channels))
         BLOCK_J = min(triton.next_power_of_2(self.kernel_size), max(1, MAX_COLUMNS // BLOCK_C))
         BLOCKS_PER_ROW = triton.cdiv(self.kernel_size, BLOCK_J)

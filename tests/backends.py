@@ -2,6 +2,7 @@
 import contextlib
 import importlib.util
 import os
+from unittest import mock
 
 import torch
 
@@ -17,13 +18,11 @@ def backend(name):
     Inside "triton", where there is no GPU, CPU tensors take the interpreted Triton kernels, which are watched.
     """
     interpret = name == "triton" and not torch.cuda.is_available()
-    if interpret:
-        os.environ["TRITON_INTERPRET"] = "1"
+    # Parts of Triton are imported on their first use, and ask then whether it interprets.
+    environment = dict(ELSA_BACKEND="triton", TRITON_INTERPRET="1") if interpret else {}
     torch.use_deterministic_algorithms(True)  # also fills what torch.empty returns with NaN
     try:
-        with watched() if interpret else contextlib.nullcontext():
+        with mock.patch.dict(os.environ, environment), watched() if interpret else contextlib.nullcontext():
             yield torch.device("cuda" if name == "triton" and torch.cuda.is_available() else "cpu")
     finally:
         torch.use_deterministic_algorithms(False)
-        if interpret:
-            del os.environ["TRITON_INTERPRET"]

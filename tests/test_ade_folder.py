@@ -97,7 +97,15 @@ def test_label_maps_that_may_count_from_0_are_said(photos, tmp_path, monkeypatch
     assert folder(photos).notes
     write_label_map(photos, np.uint8([[0, 3]]))
     assert not folder(photos).notes
-    assert not folder(ade_folder(tmp_path / "ordinary")).notes  # few are unlabelled
+    ordinary = ade_folder(tmp_path / "ordinary")
+    assert not folder(ordinary).notes  # few are unlabelled
+    for path in (ordinary / "annotations" / "training").glob("*"):
+        labels = np.asarray(Image.open(path)).copy()
+        labels[:] = 1
+        labels[:, :labels.shape[1] // 16 + 1] = 0
+        Image.fromarray(labels).save(path)
+    zeros = [np.mean(labels == 0) for _, labels, _ in folder(ordinary, zero_label="class")]
+    assert 0.05 < np.mean(zeros) < 0.1 and folder(ordinary).notes
 
 
 def test_files_are_found_at_any_depth_of_any_kind_and_hidden_ones_are_not(photos):
@@ -120,8 +128,14 @@ def test_files_are_found_at_any_depth_of_any_kind_and_hidden_ones_are_not(photos
         (images / hidden).write_bytes(b"junk")
         (annotations / hidden).parent.mkdir(exist_ok=True)
         (annotations / hidden).with_suffix(".png").write_bytes(b"junk")
+    (photos / "elsewhere" / "images").mkdir(parents=True)
+    (photos / "elsewhere" / "annotations").mkdir()
+    Image.fromarray(pixels).save(photos / "elsewhere" / "images" / "5.jpg")
+    Image.fromarray(np.ones((40, 50), np.uint8)).save(photos / "elsewhere" / "annotations" / "5.png")
+    for path in (images, annotations):
+        (path / "aachen-b").symlink_to(photos / "elsewhere" / path.parent.name)
     found = folder(photos)
-    assert [name for _, _, name in found] == ["0", "1", "2", "3", "aachen/4", "aachen/a.b"]
+    assert [name for _, _, name in found] == ["0", "1", "2", "3", "aachen/4", "aachen/a.b", "aachen-b/5"]
     assert len(found.notes) == 1 and "1 label maps without a photograph" in found.notes[0] and "4.png" in found.notes[0]
     (images / "readme.txt").touch()
     (images / "7.heic").touch()
@@ -176,6 +190,7 @@ def test_names_are_utf_8_with_or_without_a_mark(tmp_path, file, text, encoding):
     ("classes.txt", b"dog\ncat\ndog\n", "more than once: .'dog'"), ("classes.json", b'["a", "b", "a"]', "more than"),
     ("classes.txt", "Löwe".encode("latin-1"), "expected one name a line, in UTF-8"),
     ("classes.json", b'["a",', "expected a list of names, JSON"), ("classes.json", b"[" * 100_000, "cannot be read"),
+    ("classes.txt", "\n".join(map(str, range(255))).encode(), "255 classes; expected 1 to 254"),
     ("classes.json", b'["a", 3]', "expected a list of names"), ("classes.json", b'"dog"', "expected a list of names")])
 def test_files_of_names_that_name_no_classes_are_refused(tmp_path, file, content, words):
     (tmp_path / file).write_bytes(content)

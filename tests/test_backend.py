@@ -16,13 +16,13 @@ import kernels
 v, logits, q = torch.randn(1, 4, 4, 6), torch.randn(1, 18, 4, 4), torch.randn(1, 4, 4, 8)
 print(kernels.elsa_attention(v, logits, kernel_size=3).shape)
 print(kernels.hadamard(q, q, torch.randn(8, 4, 3, 3), q[0, 0, 0]).shape)
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ["ELSA_BACKEND"] = "triton"
 for call in (lambda: kernels.elsa_attention(v, logits, kernel_size=3),
              lambda: kernels.hadamard(q, q, torch.randn(8, 4, 3, 3), q[0, 0, 0])):
     try:
         call()
     except ModuleNotFoundError as error:
-        print("pip install triton" in str(error) and "TRITON_INTERPRET unset" in str(error))
+        print("pip install triton" in str(error) and "unset ELSA_BACKEND" in str(error))
 """
 
 
@@ -32,12 +32,19 @@ def test_works_without_triton():
     assert process.stdout == "torch.Size([1, 4, 4, 6])\ntorch.Size([1, 4, 4, 8])\nTrue\nTrue\n", process.stderr
 
 
-def test_cpu_tensors_take_the_interpreter_only_when_asked(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_cpu_tensors_take_the_kernels_only_when_asked(monkeypatch):
+    monkeypatch.delenv("ELSA_BACKEND", raising=False)
     x = torch.zeros(1, 2, 2, 8)
     assert backend.aggregation(x) is cpu and not backend.has_convolution(x, torch.zeros(8, 4, 3, 3))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("ELSA_BACKEND", "triton")
     assert backend.has_convolution(x, torch.zeros(8, 4, 3, 3))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # asks for the interpreter, not for the kernels
+    monkeypatch.setenv("ELSA_BACKEND", "")
+    assert backend.aggregation(x) is cpu
+    monkeypatch.setenv("ELSA_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="ELSA_BACKEND: got 'cuda', expected triton"):
+        backend.aggregation(x)
+    monkeypatch.setenv("ELSA_BACKEND", "triton")
     if "triton" in BACKENDS:
         from kernels import aggregation, convolution
         assert backend.aggregation(x) is aggregation and backend.convolution() is convolution
@@ -48,5 +55,5 @@ def test_cpu_tensors_take_the_interpreter_only_when_asked(monkeypatch):
     (torch.zeros(0, 1, 1, 8), 8, False), (torch.zeros(1, 1, 1, 8, dtype=torch.float64), 8, False),
     (torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), 8, True)], ids=str)
 def test_what_the_convolution_takes(q, width, taken, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("ELSA_BACKEND", "triton")
     assert backend.has_convolution(q, torch.zeros(q.shape[3], width, 3, 3)) == taken

@@ -164,9 +164,9 @@ def test_what_needs_triton_says_so(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "triton", None)  # an import of it fails
     assert main(["bench", "--compile-only"]) == 2
     assert "--compile-only: triton, which compiles the kernels, is not installed" in capsys.readouterr().err
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("ELSA_BACKEND", "triton")
     assert main(["eval", "swin_t", "--attn", "elsa", "--val-limit", "2", "--device", "cpu"]) == 2
-    assert "triton is not installed, which GPUs and TRITON_INTERPRET=1 need" in capsys.readouterr().err
+    assert "while ELSA_BACKEND=triton is set: install it" in capsys.readouterr().err
 
 
 # Where the results go

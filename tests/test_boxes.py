@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.ops import box_iou
 
 from models.boxes import MAX_LOG_RATIO, assign, decode, encode, sample, scale_factor
 from published import assert_close, published_units
@@ -93,10 +94,13 @@ def test_assignment_in_chunks_is_that_of_all_at_once(seed, n, m, pairs, min_pos_
     """Of boxes on a coarse grid, so that many are equally close."""
     generator = torch.Generator().manual_seed(seed)
     boxes = torch.randint(0, 5, (n + m, 2, 2), generator=generator).sort(1).values.flatten(1).float()
+    sizes = []
     with pytest.MonkeyPatch.context() as patch:
         whole = assign(boxes[:n], boxes[n:], 0.5, 0.25, min_pos_iou)
         patch.setattr("models.boxes.MAX_PAIRS", pairs)
+        patch.setattr("models.boxes.box_iou", lambda *both: sizes.append([*map(len, both)]) or box_iou(*both))
         assert torch.equal(assign(boxes[:n], boxes[n:], 0.5, 0.25, min_pos_iou), whole)
+    assert all(gt * chunk <= pairs or chunk == 1 for gt, chunk in sizes)
 
 
 def test_ties_between_chunks_are_all_matched_and_the_later_ground_truth_wins(monkeypatch):

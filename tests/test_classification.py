@@ -151,6 +151,7 @@ def test_limit_takes_classes_in_turn(photos):
     training, val, _ = classification.datasets(tiny(data=str(photos), limit=5, val_limit=2))
     assert sorted(training[0, i][1] for i in range(len(training))) == [0, 0, 0, 1, 1]
     assert [label for _, label in val] == [0, 1]
+    assert [training.name(i)[-9:] for i in (0, 2, 3, 4)] == ["cat/0.png", "cat/2.jpg", "dog/0.png", "dog/1.jpg"]
 
 
 def test_hidden_names_are_no_classes_and_no_photographs_at_any_depth(photos):
@@ -161,6 +162,7 @@ def test_hidden_names_are_no_classes_and_no_photographs_at_any_depth(photos):
     training, _, classes = classification.datasets(tiny(data=str(photos), limit=None))
     assert training.images.samples == before and classes == ["cat", "dog"] and training.notes == []
     (photos / "train" / "cat" / "Thumbs.db").touch()
+    (photos / "train" / "notes.txt").touch()  # no class
     for name, kind in (("7.jfif", "jpeg"), ("8.GIF", "gif"), ("more/9.png", "png")):
         (photos / "train" / "dog" / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (9, 9)).save(photos / "train" / "dog" / name, format=kind)
@@ -168,9 +170,14 @@ def test_hidden_names_are_no_classes_and_no_photographs_at_any_depth(photos):
     assert len(training) == len(before) + 3
     assert training.notes == ["left out: 1 files that Pillow does not read (.db)"]
     assert classification.datasets(tiny(data=str(photos), limit=5))[0].notes == training.notes
+    (photos / "train" / "cat" / "Thumbs.db").rename(photos / "val" / "cat" / "Thumbs.db")
+    photos = photos.rename(photos.with_name(".photos"))  # what hides the whole folder hides nothing in it
+    training, val, _ = classification.datasets(tiny(data=str(photos), limit=None, val_limit=2))
+    assert len(training) == len(before) + 3 and training.notes == [] and val.notes == [
+        "left out: 1 files that Pillow does not read (.db)"]
 
 
-@pytest.mark.parametrize("H, W", [(2, 100), (100, 2), (3, 200), (200, 3)])
+@pytest.mark.parametrize("H, W", [(2, 100), (100, 2), (3, 205), (205, 3)])
 def test_of_a_strip_the_centre_alone_is_resized(monkeypatch, H, W):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (H, W, 3), dtype=np.uint8))
     for size, crop_pct in ((32, 0.9), (32, 1.0), (24, 1.15)):

@@ -14,7 +14,7 @@ import yaml
 
 from models import create_model
 from photographs import image_folder
-from run import COMMANDS, main
+from run import COMMANDS, main, place_of
 from train.config import KEYS, resolve
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +204,13 @@ def test_errors_are_one_line_and_what_is_not_foreseen_says_so(monkeypatch, capsy
         main(["info"])
 
 
+def test_errors_are_said_to_be_in_the_projects_own_files():
+    try:  # of a library in a virtual environment inside the project's folder
+        exec(compile("1 / 0", ROOT / "venv" / "site-packages" / "x.py", "exec"))
+    except ZeroDivisionError as error:
+        assert place_of(error).startswith(" in tests/test_cli.py, line ")
+
+
 @pytest.mark.parametrize("arguments", ["{embed_dim: abc}", "{depths: 3}", "{embed_dim: -4}", "{1: 2}"])
 def test_overrides_that_make_no_model_are_said(capsys, arguments):
     assert main(["info", "swin_t", "--model-args", arguments]) == 2
@@ -227,17 +234,17 @@ def test_what_a_terminal_cannot_show_ends_nothing(monkeypatch, encoding):
 
 def test_accents_in_names_and_a_locale_without_them(tmp_path, photos, monkeypatch, capsys):
     """Trained in the one, evaluated in the other."""
-    shutil.copytree(photos, tmp_path / "é$a$")
-    for folder in tmp_path.glob("é$a$/*/cat"):
+    shutil.copytree(photos, tmp_path / "é$^$")
+    for folder in tmp_path.glob("é$^$/*/cat"):
         folder.rename(folder.with_name("Kätzchen"))
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
-    result = run(tmp_path, "train", "swin_t", "--data", "é$a$", *TINY, "--workers", "0", environment=plain)
+    result = run(tmp_path, "train", "swin_t", "--data", "é$^$", *TINY, "--workers", "0", environment=plain)
     assert result.returncode == 0, result.stderr
-    last = tmp_path / "runs" / "swin_t-é$a$" / "last.pt"
+    last = tmp_path / "runs" / "swin_t-é$^$" / "last.pt"
     assert "UserWarning" not in result.stderr and (last.parent / "curves.png").exists()
     monkeypatch.chdir(tmp_path)
     assert main(["eval", "--weights", str(last), "--workers", "0"]) == 0
-    assert "12 images of é$a$" in capsys.readouterr().out
+    assert "12 images of é$^$" in capsys.readouterr().out
 
 
 # The environment's errors

@@ -1,4 +1,4 @@
-"""train/coco_folder.py and coco_json.py: what is read of COCO's files, and how what is wrong with them is said."""
+"""train/coco_folder.py: what is read of COCO's files, and how what is wrong with them is said."""
 import copy
 import json
 import random
@@ -6,15 +6,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as oracle
 from torch.utils.data import DataLoader
 
 from photographs import coco_folder
 from test_detection import changed
-from train import coco_json, detection
+from train import detection
 from train.coco_folder import CocoFolder
 from train.config import Config
 
@@ -48,41 +46,6 @@ def test_annotations_are_those_of_the_file(photos):
                 assert np.array_equal(oracle.decode(entry["segmentation"]), oracle.decode(other))
             else:
                 assert entry["segmentation"] == other["segmentation"]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
-def test_entries_are_read_alike_in_pieces_of_any_size(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(coco_json, "READ_AT_ONCE", size)
-    content = {"info": {"a": [1, {"b": "}]"}]}, "images": [{"id": 1.25}, 1234567, "é\"\\"], "n": 123, "x": None,
-               "annotations": [], "categories": [[]], "last": -1.5e3}
-    file = tmp_path / "x.json"
-    for text in (json.dumps(content), json.dumps(content, indent=3, ensure_ascii=False)):
-        for encoding in ("utf-8", "utf-8-sig"):
-            file.write_text(text, encoding=encoding)
-            found = [entry for entry in coco_json.entries(file)]
-            assert found == [("images", 0, None), *(("images", i, content["images"][i - 1]) for i in (1, 2, 3)),
-                             ("annotations", 0, None), ("categories", 0, None), ("categories", 1, [])]
-
-
-@pytest.mark.parametrize("text", [
-    "", "{", "[]", "1", "{}}", '{"images"', '{"images":', '{"images": [', '{"images": [1', '{"images": [1,',
-    '{"images": [1]', '{"images": [1 2]}', '{"images": [1],}', '{"images": [1]} x', '{1: 2}', '{"images" [1]}',
-    '{"x": 1 "y": 2}', '{"images": [1,]}', '{"images": [' + 5000 * "9" + "]}", '{"images": ' + 10 ** 5 * "[",
-    '{"images": [], "images": []}', '{"images": {"id": 1}}', '{"annotations": 5}'])
-def test_what_is_no_json_is_said(tmp_path, text):
-    file = tmp_path / "x.json"
-    file.write_text(text)
-    with pytest.raises(ValueError, match="x.json"):
-        coco_json.read(file)
-
-
-@settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 1 << 16), H=st.integers(1, 40), W=st.integers(1, 40), share=st.floats(0, 1))
-def test_runs_are_those_of_pycocotools(seed, H, W, share):
-    mask = np.random.default_rng(seed).random((H, W)) < share
-    changes = np.flatnonzero(np.diff(np.concatenate([[0], mask.T.flatten()]))).tolist() + [H * W]
-    code = oracle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
-    assert coco_json.runs_of(code).tolist() == np.diff([0, *changes]).tolist()
 
 
 def test_ids_are_names(photos):
@@ -149,6 +112,17 @@ def test_boxes_alone_are_refused_or_have_no_mask(photos, segmentation):
     assert [entry["segmentation"] is None for entry in validation[1][4]] == [True, False]
 
 
+def test_of_many_boxes_alone_ten_are_named_and_turned_ones_have_no_area(photos):
+    with changed(photos) as content:
+        for entry in content["annotations"]:
+            entry["segmentation"] = []
+        content["annotations"][0].update(bbox=[9, 9, -2, -3], area=0)
+        first = ", ".join(f"id {entry['id']}" for entry in content["annotations"][:10])
+    with pytest.raises(ValueError, match=rf"11 of the 11 .*: {first}, \.\.\.; expected"):
+        CocoFolder(photos, "train")
+    assert CocoFolder(photos, "train", "optional").areas.min() == 0
+
+
 # What is wrong with the data
 
 def photograph_to(content):
@@ -192,6 +166,8 @@ def test_photographs_that_are_wrong_are_named(photos, content, words):
     (lambda text: text.replace('{"id": 99,', '{"id": 100,'), ["same image id", "100 (1 in all)"]),
     (lambda text: text.replace('{"id": 90,', '{"id": 3,'), ["same category id", ": 3 (1"]),
     (lambda text: text.replace("green", "red"), ["same category name", "'red'"]),
+    (lambda text: text.replace("40.5, 30, 40.5, 50", "40.5, 30, 1e7, 50"), ["id 51: segmentation", "first of 1)"]),
+    (lambda text: text.replace("1.png", "x/../../1.png"), ["outside", "x/../../1.png", "refused"]),
     (lambda text: None, ["instances_train*.json", "found []"]),
 ])
 def test_annotations_that_are_wrong_are_named(photos, damage, words):
@@ -219,7 +195,8 @@ FIELDS = {
             {"size": [60, 91], "counts": [5460]}, {"size": [61, 90], "counts": [5490]},
             {"size": [60, 90], "counts": [5401, -1]}, {"size": [60, 90], "counts": [5400.0]},
             {"size": [10 ** 6, 10 ** 6], "counts": [10 ** 12]}, [["a", "b", 1, 2, 3, 4]], [1, 2, 3, 4, 5, 6], 7,
-            [[1, 2, 3, 4, 5, float("nan")]], [[1, 2, 3, 4, 5, 1e9]], "polygon"]},
+            [[1, 2, 3, 4, 5, float("nan")]], [[1, 2, 3, 4, 5, 1e9]], [[1, 2, 3, 4, 5, -1e9]],
+            "polygon"]},
     "images": {
         "height": ["missing", "480", 0, -5, 6.5, None, float("inf"), float("nan"), True],
         "width": ["missing", "480", 10 ** 12], "file_name": ["missing", 5, "", None, "a\0b", "\ud800"],
@@ -268,6 +245,14 @@ def test_a_test_set_has_no_annotations_and_its_photographs_in_test2017(photos):
         assert validation[0][4] == []
         with pytest.raises((ValueError, FileNotFoundError)):
             detection.datasets(config)
+    (photos / "annotations" / "instances_train2017.json").rename(photos / "instances_train2017.json")
+    with pytest.raises(FileNotFoundError, match=r"instances_train2017.json; found \[\]"):
+        CocoFolder(photos, "train")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        CocoFolder(photos / "instances_train2017.json", "train")  # a file is for evaluation
+    content["annotations"] = []
+    file.write_text(json.dumps(content))
+    assert detection.validation_set(config)[0].annotated  # that there is nothing is known
     (photos / "annotations" / "image_info_test2017.json").write_text(file.read_text())
     with pytest.raises(FileNotFoundError, match=r"image_info_test-dev2017.json.*name one of them"):
         detection.validation_set(Config(data=str(photos), img_size=64))

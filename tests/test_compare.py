@@ -25,7 +25,7 @@ def in_this_process(command, stdout, stderr):
 
 def test_compare_trains_resumes_and_survives_a_crash(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("ELSA_BACKEND", raising=False)
     out = tmp_path / "compared"
     command = ["compare", "swin_t", "--attn", "dwconv,elsa", "--seeds", "1", "--out", str(out), *SETTINGS]
     (out / "elsa-0").mkdir(parents=True)

@@ -16,6 +16,7 @@ from train.config import (
     check,
     published,
     read_recipe,
+    refuse_other,
     refuse_other_classes,
     resolve,
     to_dict,
@@ -63,7 +64,7 @@ def test_values_of_the_wrong_type_are_named(option, value):
 
 
 @pytest.mark.parametrize("options", [dict(epochs=0), dict(scale=(0.5, 0.2)), dict(amp="fp8"), dict(ema=1.0),
-                                     dict(decay="all"), dict(epochs=3, warmup_epochs=3)])
+                                     dict(decay="all"), dict(epochs=3, warmup_epochs=3), dict(seed=2 ** 63)])
 def test_values_out_of_range_are_named(options):
     with pytest.raises(ValueError, match=f"{list(options)[-1]} = "):
         resolve(options)
@@ -193,6 +194,15 @@ def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(tmp_path):
         parse_train(["--resume", str(tmp_path / "run"), "--select", "last"])
 
 
+def test_a_checkpoint_that_is_older_than_an_option_goes_on_with_its_default():
+    saved = to_dict(Config())
+    for name in ("select", "workers", "save_minutes"):
+        del saved[name]
+    config = Config(select="last", workers=3, save_minutes=1.0)
+    assert refuse_other(config, saved) == ["select = 'best', the default: the run is older than this option"]
+    assert (config.select, config.workers, config.save_minutes) == ("best", 3, 1.0)
+
+
 def test_a_recipe_given_beside_resume_counts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "runs" / "swin_t-elsa-scenes")
@@ -215,6 +225,9 @@ def test_a_damaged_or_younger_configuration_is_named(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text("epochs: [1")
     with pytest.raises(ValueError, match="config.yaml is not valid YAML"):
         parse_train(["--resume", str(tmp_path / "run")])
+    saved(tmp_path / "edited", lr=-1.0)
+    with pytest.raises(ValueError, match="lr = -1.0 does not fit"):
+        parse_train(["--resume", str(tmp_path / "edited")])
 
 
 def test_classes_of_a_checkpoint_are_compared_in_order():
@@ -284,6 +297,8 @@ def test_mutated_recipes_are_read_or_refused(tmp_path, count):
     ("model_args: [[1], [2]]\n", "model_args = "),
     ("epochs: 1\0\n", "not valid YAML"),
     ("[" * 50_000, "brackets in brackets"),
+    ("model_args: " + "[" * 20 + "]" * 20, "brackets in brackets"),
+    ("model_args: " + "[" * 19 + "]" * 19, "model_args = "),
     ("epochs: 1\nepochs: 2\n", "epochs stands twice"),
 ])
 def test_recipes_of_strangers(tmp_path, text, message):

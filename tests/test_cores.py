@@ -14,6 +14,8 @@ from training import ROOT
     ("", {}, 16),
     ("0::/\n", {"cpu.max": "max 100000\n"}, 16),
     ("0::/\n", {"cpu.max": "400000 100000\n"}, 4),
+    ("0::/\n", {"cpu.max": "100000 20000\n"}, 5),
+    ("4:memory:/\n0::/mine\n", {"unified/mine/cpu.max": "300000 100000\n"}, 3),  # both versions
     ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),
     ("0::/\n", {"cpu.max": "9900000 100000\n"}, 16),
     ("0::/jobs/mine\n", {"jobs/mine/cpu.max": "max 100000", "jobs/cpu.max": "250000 100000"}, 2),

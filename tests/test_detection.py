@@ -58,7 +58,7 @@ def test_objects_are_those_of_the_file(photos):
 def test_what_is_trained_on_is_large_enough_and_annotated(photos):
     with changed(photos) as content:
         for image in content["images"]:
-            image["width"] = {"0.png": 31, "1.png": 32}.get(image["file_name"], image["width"])  # 60 x 31, 67 x 32
+            image["width"] = {"0.png": 31, "1.png": 32, "4.png": 9}.get(image["file_name"], image["width"])
         for entry in content["annotations"]:
             entry["iscrowd"] |= entry["image_id"] == 98  # 2.png
             if isinstance(entry["segmentation"], dict):
@@ -82,9 +82,21 @@ def test_objects_that_are_not_trained_on_are_counted(photos):
     for epoch in range(10):
         _, boxes, *_ = training[epoch, 2]  # 1.png
         assert len(boxes) == 0
+    with changed(photos) as content:
+        first, second, *_ = [entry for entry in content["annotations"] if entry["image_id"] == 99]
+        second["ignore"], second["segmentation"] = 0, []
+    config = Config(data=str(photos), img_size=64, masks="optional")
+    training, _, _ = detection.datasets(config)
+    assert training[0, 2][4].tolist() == [False]  # the second's
+    with changed(photos) as content:
+        first, second, *_ = [entry for entry in content["annotations"] if entry["image_id"] == 99]
+        content["images"][1]["width"] = 670  # 67 x 670: a side of 64 makes it 64 * 5 / 3 wide, 0.16 of that
+        first["bbox"][0], first["segmentation"] = 670 - 0.61, []
+    training, _, _ = detection.datasets(config)
+    assert training.notes[1].endswith(", 1 with less than 0.1 pixels inside of it")
 
 
-def test_what_is_a_box_after_the_last_resize_is_kept():
+def test_what_is_a_box_after_the_last_resize_is_kept(monkeypatch):
     pixels, boxes, labels, masks = sample(40, 50, 3)
     boxes[:, 0], boxes[:, 2] = [10, 49.75, 49.85], [20, 60, 60]  # 0.125 and 0.075 pixels after a resize to the half
     config = detector(img_size=20, resize=(1.0, 1.0), crop=0.0, flip=0.0)
@@ -94,6 +106,8 @@ def test_what_is_a_box_after_the_last_resize_is_kept():
     boxes[1, 1] = 39.85
     _, ours, kept, seen = detection.augment(pixels, boxes, labels, masks, config)
     assert kept.tolist() == [0, 2] and len(ours) == len(seen) == 2
+    monkeypatch.setattr(detection, "MIN_BOX", 0.125)  # itself is enough
+    assert len(detection.augment(pixels, boxes, labels, masks, config)[1]) == 2
 
 
 def test_a_limit_keeps_the_first_ids(photos):
@@ -112,16 +126,18 @@ def test_photographs_are_grouped_by_their_orientation(photos):
 def test_photographs_are_turned_so_that_they_fit_their_annotations(photos, orientation, size, turned):
     stored = np.full((*size, 3), 40, np.uint8)
     stored[:10] = 200
-    Image.fromarray(stored).save(photos / "val2017" / "0.png", exif=exif(orientation))
+    for split in ("train", "val"):
+        Image.fromarray(stored).save(photos / f"{split}2017" / "0.png", exif=exif(orientation))
     for choice in ("apply", "ignore"):
-        validation, _ = detection.validation_set(Config(data=str(photos), img_size=60, exif=choice))
-        pixels = validation.folder.pixels(len(validation) - 1)
-        assert pixels.shape == (60, 90, 3)
-        if turned:  # upside down or not: unclear, and so said
-            assert pixels[55].mean() == (200 if choice == "apply" else 40)
-            assert len(validation.notes) == 1 and "EXIF: 1 of the 4" in validation.notes[0]
-        else:
-            assert validation.notes == []
+        training, validation, _ = detection.datasets(Config(data=str(photos), img_size=60, exif=choice))
+        for dataset, count in ((training, 5), (validation, 4)):
+            pixels, notes = dataset.folder.pixels(count - 1), [note for note in dataset.notes if "left out" not in note]
+            assert pixels.shape == (60, 90, 3)
+            if turned:  # upside down or not: unclear, and so said
+                assert pixels[55].mean() == (200 if choice == "apply" else 40)
+                assert len(notes) == 1 and f"EXIF: 1 of the {count}" in notes[0]
+            else:
+                assert notes == []
 
 
 def exif(orientation):
@@ -181,7 +197,7 @@ def test_scenes_have_the_boxes_and_masks_of_the_drawing():
 def test_crowds_and_what_is_out_of_the_image_or_below_a_pixel_are_not_trained_on(change, found):
     entry = {"bbox": [2, 3, 5, 6], "area": 30, "iscrowd": 0, "ignore": 0, "category_id": 4,
              "segmentation": [[2, 3, 7, 3, 7, 9, 2, 9]], **change}
-    boxes, labels, masks, has_mask = detection.objects([entry], 20, 30, "x")
+    boxes, labels, masks, has_mask = detection.objects([entry], 20, 30)
     assert len(boxes) == len(labels) == len(masks) == found
     if found:
         x, y, w, h = entry["bbox"]

@@ -83,7 +83,7 @@ def test_tensors_of_rank_0_arrive_as_they_were():
     over_ranks(2, damaged)
 
 
-def test_the_inventory_names_what_differs(tmp_path):
+def test_the_inventory_names_what_differs(tmp_path, monkeypatch):
     folder = image_folder(tmp_path / "photos", {"train": 3, "val": 2}, ("cat", "dog"))
     other = tmp_path / "other"
     shutil.copytree(folder, other)
@@ -91,6 +91,15 @@ def test_the_inventory_names_what_differs(tmp_path):
     (other / "train" / ".ipynb_checkpoints" / "0.png").touch()
     (other / ".DS_Store").touch()
     assert inventory(folder) == inventory(other) and len(inventory(folder)) == 4
+    walk = os.walk
+    with monkeypatch.context() as patch:  # another file system
+        patch.setattr(os, "walk", lambda *place, **options: (
+            (place, folders, sorted(files)[::-1]) for place, folders, files in walk(*place, **options)))
+        turned = inventory(folder)
+    assert turned == inventory(folder)
+    (folder / "val" / "\udce9.png").touch()  # no UTF-8
+    assert len(inventory(folder)) == 5
+    (folder / "val" / "\udce9.png").unlink()
     (other / "val" / "dog" / "0.png").rename(other / "val" / "dog" / "7.png")
     (other / "notes").mkdir()
     (other / "notes" / "classes.txt").write_text("a")

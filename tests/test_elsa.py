@@ -10,7 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.fsdp import fully_shard
 
-from models.elsa import ELSA, Pointwise
+from kernels import elsa_attention
+from models.elsa import ELSA, LogitsProjection, Pointwise
 from published import GOLDEN, assert_close
 from train.state import TrainingState
 from training import tiny
@@ -145,6 +146,25 @@ def test_modules_are_called(options):
         assert_close(place, out, adapted(x), 1e-5)
 
 
+def test_other_parts_are_called_where_they_are_not_in_an_operator(monkeypatch):
+    called, normalized = [], []
+    for options in (dict(stride=2), dict(hadamard=False), dict(attn_drop=0.1), {}):
+        layer = ELSA(16, 2, kernel_size=3, **options)
+        layer.attn[1].register_forward_hook(lambda *_: called.append({**options}))
+        with monkeypatch.context() as patch:
+            patch.setattr("models.elsa.elsa_attention", lambda *tensors, normalize, **rest: normalized.append(
+                normalize) or elsa_attention(*tensors, normalize=normalize, **rest))
+            layer(torch.ones(1, 4, 4, 16))
+    assert called == [{"stride": 2}, {"hadamard": False}] and normalized == [True, True, False, True]
+
+
+def test_small_maps_alone_have_the_taps_of_a_pixel_side_by_side():
+    projection = LogitsProjection(8, 18, window=20)
+    for height, stride in ((4, 18), (5, 1), (6, 1)):  # 16, 20 and 24 pixels: those of one tap then
+        logits = projection(torch.randn(2, height, 4, 8))
+        assert logits.shape == (2, height, 4, 18) and logits.stride(2) == stride
+
+
 def test_saved_shapes_are_a_convolutions_and_both_are_loaded():
     layer = ELSA(16, 2, kernel_size=3)
     state = layer.state_dict()
@@ -157,6 +177,8 @@ def test_saved_shapes_are_a_convolutions_and_both_are_loaded():
         other = ELSA(16, 2, kernel_size=3)
         other.load_state_dict(saved)
         assert torch.equal(other.pre_proj.weight, saved["pre_proj.weight"].flatten(1))
+    with pytest.raises(RuntimeError, match="pre_proj.weight"):  # of as many numbers
+        layer.load_state_dict({**state, "pre_proj.weight": torch.zeros(2 * layer.dim_qk + 16, 4, 2, 2)})
     with torch.device("meta"):
         empty = ELSA(16, 2, kernel_size=3)
     empty.load_state_dict(state, assign=True)

@@ -167,7 +167,8 @@ def test_eval_hands_on_what_was_asked_for(configuration, evaluation, model, monk
 @pytest.fixture
 def weights(tmp_path):
     """A checkpoint of a model that differs from the defaults in all that a checkpoint settles."""
-    config = tiny(num_classes=3, crop_pct=0.5, seed=5, batch_size=8, val_limit=7, exif="ignore", zero_label="class")
+    config = tiny(num_classes=3, crop_pct=0.5, seed=5, batch_size=8, val_limit=7, masks="optional", exif="ignore",
+                  zero_label="class")
     model = options.load_model(config, None)
     content = {"model": model.state_dict(), "ema": None, "config": to_dict(config), "classes": ["a", "b", "c"]}
     torch.save(content, tmp_path / "last.pt")
@@ -180,6 +181,7 @@ def test_the_checkpoint_settles_the_model_and_the_command_line_the_rest(weights)
     assert classes == ["a", "b", "c"] and config.model == "swin_t" and config.amp == "bf16"
     for name in options.TRAINED:
         assert getattr(config, name) == getattr(trained, name) != getattr(Config(), name), name
+    assert {"masks", "exif", "zero_label"} <= {*options.TRAINED}  # what labels mean
     assert (config.val_limit, config.batch_size, config.device) == (None, 128, "auto")
     loaded = options.load_model(config, path).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
@@ -272,13 +274,19 @@ def test_other_peoples_checkpoints_may_have_entries_of_these_names(tmp_path, ent
 @pytest.mark.parametrize("kind, dump, said", [
     ("folder", "data", "is the folder of --data"), ("folder", "data/annotations/validation", "would write over"),
     ("folder", "data/images/validation/new", "would write over"), ("folder", "link", "would write over"),
-    ("folder", "link/../training", "would write over"), ("folder", "w.pt", "would write over w.pt"),
+    ("folder", "link/../training", "would write over"), ("folder", "elsewhere/new", "would write over"),
+    ("folder", "deep", "would write over"),
+    ("folder", "w.pt", "would write over w.pt"),
     ("folder", "file", "is a file; expected a folder"), ("file", "new", "is a folder; expected a file"),
     ("file", "data/annotations/instances_val2017.json", "would write over"), ("file", "file/x", "file: File exists")])
 def test_dumps_are_written_over_no_input(tmp_path, monkeypatch, kind, dump, said):
     monkeypatch.chdir(tmp_path)
     ade_folder(tmp_path / "data")
     Path("link").symlink_to("data/annotations/validation")
+    Path("data/images/validation/aachen").mkdir()
+    Path("deep").symlink_to("data/images/validation/aachen")
+    Path("data/images/training").rename("elsewhere")
+    Path("data/images/training").symlink_to("../../elsewhere")
     Path("new").mkdir()
     for name in ("w.pt", "file"):
         Path(name).touch()

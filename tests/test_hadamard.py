@@ -109,6 +109,19 @@ def test_a_layer_is_the_same_on_both_paths():
         assert_close("layer", wanted, layer.to(device)(x.to(device)).cpu(), 1e-5)
 
 
+class Stop(torch.autograd.Function):
+    """Has no gradient, which is not one of zeros."""
+    forward, backward = staticmethod(lambda ctx, x: x.clone()), staticmethod(lambda ctx, grad: None)
+
+
+@on_triton
+def test_where_no_gradient_comes_none_goes():
+    with backend("triton") as device:
+        leaves = [torch.ones(shape, device=device, requires_grad=True)
+                  for shape in ((1, 2, 2, 4), (1, 2, 2, 4), (4, 4, 3, 3), (4,))]
+        assert torch.autograd.grad(Stop.apply(hadamard(*leaves)).sum(), leaves, allow_unused=True) == (None,) * 4
+
+
 @on_triton
 @pytest.mark.parametrize("layout", ("surrounded by NaN", "channels first"))
 def test_what_lies_beside_the_channels_in_memory_is_not_read(layout):

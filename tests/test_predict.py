@@ -149,6 +149,11 @@ def test_long_names_stand_beside_and_short_ones_inside():
         drawn = np.asarray(drawing.draw_objects(black, [ant], np.zeros((1, 200, 300), bool)))
         assert (drawn.shape[1] == 300) == inside
         assert ((drawn[172:190, 240:300] == drawing.colour(0)).all(-1).mean() > 0.5) == inside
+        if inside:  # all of it
+            left = np.flatnonzero((drawn[174] == drawing.colour(0)).all(-1))[0]
+            drawn = np.asarray(drawing.draw_objects(black, [{**ant, "box": [0, 0, 99, 50]}], [black[..., 0] > 0]))
+            assert drawn[17, 60].tolist() == list(drawing.colour(0))
+            assert abs(left - (300 - drawing.font().getlength("ant 100%") - 4)) < 2
 
 
 # The command
@@ -204,6 +209,22 @@ def test_results_of_one_name_do_not_replace_each_other(command):
     assert "b.png.json" in seen() and json.loads(Path("new/seen/b.json").read_text())["image"] == "b.jpg"
 
 
+def test_results_of_one_name_get_suffixes_or_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("c", "d").mkdir(parents=True)
+    Path("d").mkdir()
+    names = lambda *images: [place.name for place in predict.results_of([Path(image) for image in images], Path("out"))]
+    assert names("a.png", "b.png", "A.jpg") == ["a.png", "b", "A.jpg"]  # one file on some disks
+    assert names("c/a.png", "../d/a.png", "/e/a.png") == ["c-a.png", "d-a.png", "e-a.png"]
+    whole = "-".join(tmp_path.resolve().parts[1:])
+    assert names("c/../d/a.png", "d/a.png", "c/d/a.png") == [f"{whole}-d-a.png", "d-a.png", f"{whole}-c-d-a.png"]
+    Path("a.json").write_text('{"image": "x.png", "model": "of another program"}')
+    assert predict.predicted(Path("a.json")) is None
+    Path("out").mkdir()
+    Path("out", "f.json").write_text('{"image": "gone/f.png", "model": "swin_t", "top5": []}')
+    assert names("f.png") == ["f.png"]
+
+
 def test_damaged_photographs_end_nothing_and_are_named(command, capsys):
     Path("c", "b.jpg").write_bytes(Path("b.jpg").read_bytes()[:300])
     assert command("c", "a.png") == 1
@@ -214,6 +235,7 @@ def test_damaged_photographs_end_nothing_and_are_named(command, capsys):
 
 @pytest.mark.parametrize("words, said", [
     (["nowhere.jpg", "a.png"], "no image at nowhere.jpg"), (["*.gif"], "no image at *.gif"),
+    (["a.png", "swin_tt"], "no image at swin_tt\n"),
     (["swin_tt", "a.png"], "no image at swin_tt; did you mean the model swin_t?"), (["swin_t"], "predict needs images"),
     (["empty"], "no photographs in empty"), (["volo_d1", "a.png"], "does not fit")])
 def test_what_is_no_photograph_is_said_before_anything_is_written(command, capsys, words, said):

@@ -162,14 +162,24 @@ def test_objects_without_a_mask_have_no_weight_in_the_loss_of_masks_alone(cascad
             assert unknown[0][name] == plain[name]
 
 
-def test_mask_targets_in_chunks_are_those_of_all_at_once():
+def test_mask_targets_in_chunks_are_those_of_all_at_once(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(20, 1000, 1200, generator=generator) < 0.5  # two chunks
     matched, boxes = torch.randint(20, (50,), generator=generator), random_boxes(50, seed=3, size=(1000, 1200))
     rois = torch.cat([matched[:, None].float(), boxes], 1)
     whole = roi_align(masks[:, None].float(), rois, 28, aligned=True)[:, 0] >= 0.5
-    assert torch.equal(mask_targets(masks, matched, boxes), whole.float())
+    chunks = []
+
+    def pool(masks, rois, *size, **options):
+        assert masks.numel() <= 1 << 24 and rois[:, 0].max() < len(masks)
+        chunks.append(len(masks))
+        return roi_align(masks, rois, *size, **options)
+    monkeypatch.setattr("models.roi_heads.roi_align", pool)
+    assert torch.equal(mask_targets(masks, matched, boxes), whole.float()) and chunks == [13, 7]
     assert mask_targets(masks[:0], matched[:0], boxes[:0]).shape == (0, 28, 28)
+    monkeypatch.undo()
+    large = torch.ones(1, 4097, 4096, dtype=torch.bool)  # more than a chunk by itself
+    assert mask_targets(large, matched[:1] * 0, boxes[:1]).all()
 
 
 def random_boxes(count, seed, size=(64, 96)):

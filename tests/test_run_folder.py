@@ -70,6 +70,9 @@ def test_resume_takes_the_newest_run_of_the_name(tmp_path, monkeypatch):
         saved_run(name, 2e9 if name.endswith("3") else 1e9 - age)
     saved_run("swin_t-scenes", attn=None)
     assert resumed() == "swin_t-elsa-scenes-3"
+    (RUNS / "swin_t-elsa-scenes-3" / "previous.pt").touch()
+    os.utime(RUNS / "swin_t-elsa-scenes-3" / "previous.pt", (1e8, 1e8))
+    assert resumed() == "swin_t-elsa-scenes-3"  # by the newer of its two checkpoints
     assert resumed(attn=None) == "swin_t-scenes"
     assert made() == ("swin_t-elsa-scenes-4", [])
     assert made(True, attn="window") == ("swin_t-window-scenes", ["nothing to resume yet: a new run"])

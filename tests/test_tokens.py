@@ -1,4 +1,5 @@
 """train/tokens.py and the losses on tokens: boxes add up, label maps follow their images."""
+import errno
 import itertools
 import math
 from types import SimpleNamespace
@@ -265,6 +266,24 @@ def test_what_is_wrong_with_label_maps_is_said(photos):
     broken.unlink()
     with pytest.raises(FileNotFoundError, match="1 of 16 images have no label map.*dog/0.pt"):
         datasets()
+
+
+def test_label_maps_on_a_failing_disk_are_asked_for_three_times(photos, monkeypatch):
+    training, _, _ = classification.datasets(
+        Config(**PLAIN, data=str(photos / "photos"), token_labels=str(photos / "maps")))
+    load, failures = torch.load, []
+
+    def fail(*arguments, **options):
+        if failures:
+            raise failures.pop()
+        return load(*arguments, **options)
+    monkeypatch.setattr(torch, "load", fail)
+    monkeypatch.setattr(photographs, "PAUSES", (0, 0))
+    failures += [OSError(errno.EIO, "Input/output error")] * 2
+    assert training[0, 8][2].shape == (2, 2, 18, 18)
+    failures += [OSError(errno.EIO, "Input/output error")] * 3
+    with pytest.raises(OSError, match="dog/0.pt could not be read: Input/output error"):
+        training[0, 8]
 
 
 # Training VOLO

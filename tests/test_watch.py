@@ -45,6 +45,10 @@ def error_of_all(rank, _):
     fail(ValueError("the batch does not fit"))
 
 
+def errors_of_each(rank, _):
+    fail(ValueError(f"the batch of {rank} does not fit"))
+
+
 def death_of_one(rank, _):
     kill_me() if rank == 1 else wait()
 
@@ -158,6 +162,7 @@ DIED = "died: killed, out of memory or its machine lost; the log of that machine
     (error_of_one, [2, 2, 2], NAME.format(2) + "[Errno 28] No space left on device"),
     (error_of_rank_0, [2, 2, 2], NAME.format(0) + "'x'"),
     (error_of_all, [2, 2, 2], "error: the batch does not fit"),
+    (errors_of_each, [2, 2, 2], "error: rank "),
     (death_of_one, [2, -9, 2], NAME.format(1) + DIED),
     (death_of_rank_0, [-9, 2, 2], NAME.format(0) + DIED),
     (death_and_what_follows, [2, -9, 2], NAME.format(1) + DIED),
@@ -180,3 +185,115 @@ def test_ranks_end_together(tmp_path, scenario, codes, said):
         assert any(path.name.startswith("error") and said[7:] in path.read_text() for path in tmp_path.iterdir())
     # Where it happened is shown, where wanted, by the rank that failed.
     assert [("Traceback" in text) for text in texts] == [scenario is error_of_rank_0, False, False]
+
+
+# The parts
+
+def part(monkeypatch, **state):
+    """(a watch that watches nothing, what it is about to end with)"""
+    job, ended = watch.Watch.__new__(watch.Watch), []
+    vars(job).update({"rank": 0, "world": 3, "timeout": 10.0, "hosts": {}, "processes": {}, "peers": {1: None, 2: None},
+                      "answers": {}, "failures": [], "decide_at": None, "asked_at": None, "trace": None, "still": 7,
+                      "gone": set(), "lock": threading.RLock(), "token": "right", "parent": os.getppid(),
+                      "look_at": float("inf"), **state})
+    monkeypatch.setattr(job, "_end", lambda rank, message: ended.append((rank, message)), raising=False)
+    return job, ended
+
+
+def test_who_has_stood_for_longest_and_does_not_wait_is_named(monkeypatch):
+    stands = [{"seconds": seconds, "waits": waits, "where": f"line {rank}"}
+              for rank, (seconds, waits) in enumerate([(700, True), (610, False), (650, False)])]
+    (job, ended), sent = part(monkeypatch), []
+    monkeypatch.setattr(job, "_send", lambda to, **message: sent.append((to, message)), raising=False)
+    monkeypatch.setattr(job, "_stands", lambda: stands[0], raising=False)
+    job._stopped(1, stands[1])
+    assert sent == [(1, {"where": True}), (2, {"where": True})] and not ended
+    job._stopped(2, stands[2])
+    assert ended == [(2, "has stood for 650 s at line 2; rank 1 has stood for 610 s at line 1; rank 0 has waited for "
+                         "others for 700 s at line 0. Stopped because one stood for --timeout-minutes 10")]
+    assert [job._standing({"seconds": seconds, "waits": False, "where": "x"})[:10] for seconds in (299, 301)] \
+        == ["moves on, ", "has stood "]
+
+
+def test_what_is_certain_is_said_at_once(monkeypatch):
+    job, ended = part(monkeypatch)
+    job._failed(1, 2, "an error")
+    assert not ended and job.decide_at is not None
+    job._failed(0, 1, "died")
+    assert ended == [(1, "died")]
+
+
+def test_where_a_rank_stands_is_its_own_line(monkeypatch):
+    job, _ = part(monkeypatch)
+    found = []
+    thread = threading.Thread(target=lambda: time.sleep(0.1) or found.append(job._stands()))
+    thread.start()
+    thread.join()  # in which the main thread is found
+    assert ", called at tests/test_watch.py:" in found[0]["where"] and found[0]["where"].endswith(
+        "(test_where_a_rank_stands_is_its_own_line)")
+    assert not found[0]["waits"] and found[0]["seconds"] == 7 * watch.PERIOD
+
+
+def test_only_ranks_of_this_machine_are_killed(monkeypatch):
+    killed = []
+    monkeypatch.setattr(os, "kill", lambda *call: killed.append(call))
+    monkeypatch.setenv("GROUP_RANK", "0")
+    job, ended = part(monkeypatch, processes={1: [77, "0"], 2: [78, "1"], 3: [79, None]})
+    for rank in (1, 2, 3):
+        job._kill(rank)
+    assert killed == [(77, signal.SIGKILL)]
+
+
+def test_the_trace_is_that_of_the_rank_that_is_named(monkeypatch, capsys):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    job, _ = part(monkeypatch, rank=2, trace="Traceback")
+    for rank, printed in ((1, ""), (2, "Traceback\n"), (None, "Traceback\n")):
+        job._say(rank, "an error", False)
+        assert capsys.readouterr().err == printed
+
+
+@pytest.mark.parametrize("sent, accepted", [
+    (b'{"token": "wrong", "rank": 1, "host": "h", "process": [5, "0"]}\n', False), (b"GET / HTTP/1.1\r\n\r\n", False),
+    (b'{"token": "right", "rank": 1, "host": "h", "process": [5, "0"]}\n{"le', True)])
+def test_strangers_are_not_let_in(monkeypatch, sent, accepted):
+    job, _ = part(monkeypatch)
+    connected, (ours, theirs) = [], socket.socketpair()
+    monkeypatch.setattr(job, "_connected", lambda rank, _, rest: connected.append((rank, rest)), raising=False)
+    with ours, theirs:
+        theirs.sendall(sent)
+        job._accept(type("Server", (), {"accept": lambda: (ours, None)}))
+        assert connected == [(1, b'{"le')] * accepted and (ours.fileno() < 0) == (not accepted)
+    assert job.hosts == ({1: "h"} if accepted else {})
+
+
+def test_the_death_of_rank_0_may_be_another_ranks_doing(monkeypatch):
+    for asked_at, expected in ((None, "died"), (1.0, "does not answer, and rank 1 moves on, now at ")):
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        job, ended = part(monkeypatch, rank=1, peers={0: ours}, asked_at=asked_at, processes={0: [5, None]}, still=0)
+        job.selector = type("Selector", (), {"unregister": lambda _: None})
+        with ours:
+            job._receive(0, bytearray())
+        assert len(ended) == 1 and ended[0][0] == 0 and ended[0][1].startswith(expected)
+
+
+def test_without_its_torchrun_a_rank_ends(monkeypatch):
+    job, ended = part(monkeypatch)
+    job._look()
+    assert not ended
+    job.parent += 1
+    job._look()
+    assert ended == [(0, "the process that started it, torchrun, ended")]
+
+
+def test_the_code_is_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "ROOT", tmp_path)
+    (tmp_path / "train" / "deep").mkdir(parents=True)
+    (tmp_path / "run.py").touch()
+    seen = {watch._code()}
+    for name, text in (("run.py", "a"), ("train/a.py", "a"), ("train/deep/b.py", "b"), ("train/a.py", "b")):
+        (tmp_path / name).write_text(text)
+        seen.add(watch._code())
+    assert len(seen) == 5
+    (tmp_path / "train" / "notes.txt").touch()
+    assert watch._code() in seen

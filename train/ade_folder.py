@@ -137,7 +137,7 @@ def named_classes(folder):
     elif file.suffix == ".txt":
         names = [name for name in names if name]
     if not 0 < len(names) < IGNORED:
-        raise ValueError(f"{root} names {len(names)} classes; expected 1 to {IGNORED - 1}, as many as fit beside "
+        raise ValueError(f"{file} names {len(names)} classes; expected 1 to {IGNORED - 1}, as many as fit beside "
                          "'unlabelled' into a PNG")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

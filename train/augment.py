@@ -80,13 +80,12 @@ def validation_transform(img_size, crop_pct):
             return F.resize(image, short, BICUBIC)
         # Of a strip only the centre is made, for all of it might not fit into memory.
         long = int(short * max(W, H) / min(W, H))
-        kept = min(img_size, long)
-        start = round((long - kept) / 2)
-        first, last = (side * max(W, H) / long for side in (start, start + kept))
+        start = round((long - img_size) / 2)
+        first, last = (side * max(W, H) / long for side in (start, start + img_size))
         if W > H:
-            return image.resize((kept, short), Image.Resampling.BICUBIC, (first, 0, last, H))
+            return image.resize((img_size, short), Image.Resampling.BICUBIC, (first, 0, last, H))
         image = image.resize((short, H), Image.Resampling.BICUBIC)  # rows first, as in the whole
-        return image.resize((short, kept), Image.Resampling.BICUBIC, (0, first, short, last))
+        return image.resize((short, img_size), Image.Resampling.BICUBIC, (0, first, short, last))
 
     return v2.Compose([resize, v2.CenterCrop(img_size), *TO_FLOAT])
 

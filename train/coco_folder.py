@@ -146,7 +146,7 @@ class CocoFolder:
         without = np.flatnonzero(self.areas.numpy() <= 0)
         for k in without.tolist():
             size = int(self.heights[image[k]]), int(self.widths[image[k]])
-            code = run_lengths(self._segmentation(k, list(size)), *size, self.name(image[k]))
+            code = run_lengths(self._segmentation(k, list(size)), *size)
             self.areas[k] = float(rle.area(code)) if code else float(self.boxes[k, 2:].clamp_min(0).prod())
         if len(without):
             self.notes.append(f"areas: {len(without)} of the {len(self.areas)} annotations have none or 0: taken from "
@@ -183,23 +183,12 @@ def find_photographs(folder, file, root, names):
                                 f"in {root}; missing are {', '.join(missing[:10])}")
 
 
-def run_lengths(segmentation, height, width, name):
-    """Polygons [[x, y, x, y, ...], ...], or a run-length code -> compressed; None, of no mask -> None.
-
-    Raises ValueError, naming the image, if it is damaged.
-    """
-    if segmentation is None:
-        return None
-    try:
-        if isinstance(segmentation, list):
-            return rle.merge(rle.frPyObjects(segmentation, height, width))
-        if tuple(segmentation["size"]) != (height, width):
-            raise ValueError(f"its size is {segmentation['size']}, the image's {[height, width]}")
-        rle.decode(segmentation)  # reads it
-        return segmentation
-    except Exception as error:  # the library raises whatever its parts do
-        raise ValueError(f"{name}: a segmentation cannot be read ({type(error).__name__}: {error}); expected polygons "
-                         "of three points or more, or a run-length code of the image's size") from error
+def run_lengths(segmentation, height, width):
+    """What a CocoFolder has of an object's mask, which was checked when the file was read, as a compressed run-length
+    code, or None."""
+    if isinstance(segmentation, list):
+        return rle.merge(rle.frPyObjects(segmentation, height, width))
+    return segmentation
 
 
 class Texts:

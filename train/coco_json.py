@@ -102,7 +102,7 @@ class _Text:
     def __init__(self, file):
         self.file, self.text, self.at, self.dropped = file, "", 0, 0
 
-    def read(self, size=READ_AT_ONCE):
+    def read(self, size):
         """False at the end of the file."""
         new = self.file.read(size)
         self.dropped += self.at
@@ -115,7 +115,7 @@ class _Text:
             self.at = SPACE.match(self.text, self.at).end()
             if self.at < len(self.text):
                 return self.text[self.at]
-            if not self.read():
+            if not self.read(READ_AT_ONCE):
                 return ""
 
     def take(self, character):
@@ -137,7 +137,8 @@ class _Text:
                 size *= 2  # what is damaged is read to the end of the file, and not by a little each time
                 continue
             length = end - self.at
-            if end == len(self.text) and self.read():  # a number may have more digits
+            # A number may go on: 1 with 2, or with .5, or with e-3.
+            if end + 2 >= len(self.text) and self.read(READ_AT_ONCE):
                 continue
             self.at += length
             return value

@@ -85,11 +85,11 @@ class Scenes(data.Scenes):
         return collate(samples)
 
 
-def objects(annotations, height, width, name):
+def objects(annotations, height, width):
     """What is trained on: no crowds, nothing that is to be ignored, below one pixel or out of the image.
 
     -> (boxes (n, 4) float32, labels (n,) int64, masks (n, H, W) bool, has_mask (n,) bool: False where a mask, all False
-    here, is not known). name: of the image, for errors.
+    here, is not known).
     """
     boxes, labels, masks, has_mask = [], [], [], []
     for annotation in annotations:
@@ -100,7 +100,7 @@ def objects(annotations, height, width, name):
             continue
         boxes.append([x, y, x + w, y + h])
         labels.append(annotation["category_id"])
-        code = run_lengths(annotation["segmentation"], height, width, name)
+        code = run_lengths(annotation["segmentation"], height, width)
         has_mask.append(code is not None)
         masks.append(rle.decode(code) if code else np.zeros((height, width), bool))
     boxes, masks = np.array(boxes, np.float32).reshape(-1, 4), np.array(masks, bool).reshape(-1, height, width)
@@ -161,7 +161,7 @@ class AugmentedPhotographs(Dataset):
         epoch, index = key
         i = int(self.indices[index])
         pixels = self.folder.pixels(i)
-        boxes, labels, masks, has_mask = objects(self.folder.annotations(i), *pixels.shape[:2], self.folder.name(i))
+        boxes, labels, masks, has_mask = objects(self.folder.annotations(i), *pixels.shape[:2])
         image, boxes, kept, masks = data.with_generator(
             (self.config.seed, epoch, index), augment, pixels, boxes, np.arange(len(labels)), masks, self.config)
         return image, boxes, labels[kept], masks, has_mask[kept]
@@ -253,7 +253,7 @@ class Photographs(Dataset):
         image, size = resize_and_pad(pixels, self.size)
         annotations = []
         for entry in self.folder.annotations(index):
-            code = run_lengths(entry["segmentation"], *pixels.shape[:2], self.folder.name(index))
+            code = run_lengths(entry["segmentation"], *pixels.shape[:2])
             annotations.append({"image_id": index, "category_id": entry["category_id"], "bbox": entry["bbox"],
                                 "area": entry["area"], "iscrowd": entry["iscrowd"], "segmentation": code})
         return image, size, pixels.shape[:2], index, annotations
