@@ -57,10 +57,10 @@ def test_threads_follow_the_quota_and_what_the_user_sets(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(cores, "available", lambda: 16)
     cores.settle_threads()
-    assert os.environ == {"OMP_WAIT_POLICY": "passive"}  # their number is left to torch, which knows physical cores
+    assert os.environ == {"GOMP_SPINCOUNT": "1000"}  # their number is left to torch, which knows physical cores
     monkeypatch.setattr(cores, "available", lambda: 3)
     cores.settle_threads()
-    assert os.environ == {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "3"}
+    assert os.environ == {"GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "3"}
     own = {"OMP_NUM_THREADS": "5", "OMP_WAIT_POLICY": "active"}
     monkeypatch.setattr(os, "environ", dict(own))
     cores.settle_threads()
@@ -68,6 +68,6 @@ def test_threads_follow_the_quota_and_what_the_user_sets(monkeypatch):
 
 
 def test_threads_are_settled_before_torch_is_there():
-    command = "import os, sys; os.environ.pop('OMP_WAIT_POLICY', 0); import run; assert 'torch' not in sys.modules\n" \
-              "print(os.environ['OMP_WAIT_POLICY'])"
-    assert subprocess.check_output([sys.executable, "-c", command], cwd=ROOT, text=True) == "passive\n"
+    command = "import os, sys; os.environ.clear(); import run; assert 'torch' not in sys.modules\n" \
+              "print(os.environ['GOMP_SPINCOUNT'])"
+    assert subprocess.check_output([sys.executable, "-c", command], cwd=ROOT, text=True) == "1000\n"

@@ -115,6 +115,7 @@ def loss_inputs():
         return images, [tuple(inputs[f"img_shape_{i}"][:2]) for i in range(2)], targets
 
 
+@pytest.mark.parametrize("published", ["mask", pytest.param("cascade", marks=pytest.mark.slow)], indirect=True)
 def test_losses_and_gradients_equal_the_published_ones(published):
     """Of the cascade most of the time are the twelve 3 x 3 convolutions of its box heads, on all 4,043 proposals."""
     kind, model = published
