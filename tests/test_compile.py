@@ -27,7 +27,8 @@ BUILDS += [("sm_90", "float32", "swin_t stage 1"), ("gfx942", "float16", "volo_d
 
 
 @pytest.mark.parametrize("target,dtype,shape", [
-    pytest.param(*build, marks=[pytest.mark.slow] if build[0] == "sm_100" else [], id=" ".join(build)) for build in BUILDS])
+    pytest.param(*build, marks=[pytest.mark.slow] if build[0] == "sm_100" else [], id=" ".join(build))
+    for build in BUILDS])
 def test_build(target, dtype, shape, tmp_path):
     report = compiled(target, dtype, shape, tmp_path)
     nothing_spills(report, target)
