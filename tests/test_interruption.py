@@ -149,13 +149,12 @@ def test_the_rate_of_an_epoch_is_of_both_its_parts(tmp_path, monkeypatch):
 
 
 def test_the_second_ctrl_c_stops_at_once():
-    with Interruption(0, 1, CPU) as interruption:
-        signals = [signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM]
-        for number in signals:  # a cluster may send its own again
+    interruption = Interruption(0, 1, CPU)
+    signals = [signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM]
+    with pytest.raises(KeyboardInterrupt), interruption:
+        for number in [*signals, signal.SIGINT]:  # a cluster may send its own again
             os.kill(os.getpid(), number)
-        assert interruption.asked == signals
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+    assert interruption.asked == signals
 
 
 def test_a_signal_to_one_rank_stops_all():
