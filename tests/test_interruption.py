@@ -248,6 +248,16 @@ def test_two_ranks_stop_together_and_go_on_and_score_what_they_save(tmp_path):
     assert imagenet.evaluate(state.model, loader, CPU)["loss"] == pytest.approx(logged, abs=1e-6)
 
 
+def test_ranks_evaluate_with_the_statistics_of_rank_0():
+    def share(rank):
+        model, average = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+        for buffer in [*model.buffers(), *average.buffers()]:
+            buffer.fill_(7 - rank)
+        TrainingState.share_buffers(SimpleNamespace(model=model, ema=SimpleNamespace(module=average)))
+        return {float(value) for part in (model, average) for buffer in part.buffers() for value in buffer.flatten()}
+    assert over_ranks(2, share) == [{7.0}] * 2
+
+
 @pytest.mark.slow
 def test_killed_at_27_moments_a_run_ends_as_if_nothing_had_been(tmp_path):
     """SIGKILL at random moments, every third inside the writing of a checkpoint; prints what became of each."""
