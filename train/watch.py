@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20000}
 PERIOD = 1.0  # seconds between two looks at the main thread
 ANSWER = 15  # seconds in which a rank has to answer
+LATE = 5  # seconds that a job which ends at its start waits for ranks that have not come yet
 TOGETHER = 0.5  # seconds in which ranks that all stumble over the same have said so
 # Files whose innermost frame means that a rank waits for others; backward exchanges gradients.
 WAITING = ("torch/distributed/", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py", "train/distributed.py",
@@ -85,10 +86,10 @@ class Watch:
             self._send(0, token=token, rank=self.rank, host=self.hosts[self.rank], process=own)
             return
         self.token, dual = secrets.token_hex(), socket.has_dualstack_ipv6()
-        server = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET,
-                                      dualstack_ipv6=dual, backlog=self.world)
-        self.selector.register(server, selectors.EVENT_READ, self._accept)
-        self.store.set("watch", json.dumps([server.getsockname()[1], self.token, self.hosts[0], own]))
+        self.server = socket.create_server(("", 0), family=socket.AF_INET6 if dual else socket.AF_INET,
+                                           dualstack_ipv6=dual, backlog=self.world)
+        self.selector.register(self.server, selectors.EVENT_READ, lambda _: self._accept())
+        self.store.set("watch", json.dumps([self.server.getsockname()[1], self.token, self.hosts[0], own]))
 
     def __exit__(self, kind, error, trace):
         global current
@@ -141,8 +142,8 @@ class Watch:
                 if not self.left:
                     self._look()
 
-    def _accept(self, server):
-        connection, _ = server.accept()
+    def _accept(self):
+        connection, _ = self.server.accept()
         connection.settimeout(ANSWER)
         try:
             line, _, rest = connection.recv(1 << 16).partition(b"\n")
@@ -250,12 +251,25 @@ class Watch:
 
     def _end_with(self, rank, text, speaks):
         with self.lock:
-            for peer in self.peers if self.rank == 0 else ():
-                self._send(peer, end=[rank, text])
             speaker = threading.Thread(target=self._say, args=(rank, text, speaks), daemon=True)
             speaker.start()
+            if self.rank == 0:
+                for peer in self.peers:
+                    self._send(peer, end=[rank, text])
+                self._tell_late(rank, text)
             speaker.join(5)  # of a terminal that takes nothing
             os._exit(2)
+
+    def _tell_late(self, rank, text):
+        """Of rank 0: those who have not come yet are told too; else they would think that rank 0 died."""
+        last = time.monotonic() + LATE
+        while len(self.hosts) < self.world and time.monotonic() < last:
+            self.server.settimeout(max(last - time.monotonic(), 0.01))
+            came = {*self.peers}
+            with contextlib.suppress(OSError):
+                self._accept()
+            for peer in self.peers.keys() - came:
+                self._send(peer, end=[rank, text])
 
     def _say(self, rank, text, speaks):
         _record(text)
