@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from eval import evaluating
+from eval import evaluating, refuse_other_names
 from models.upernet import resize_rows, source_rows
 from train import data, segmentation
 from train.ade_folder import IGNORED, named_classes
 from train.device import autocast
 from train.distributed import max_over_ranks, sum_over_ranks
+from train.run_folder import replace_atomically
 
 METRICS = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}  # per cent
 DUMPS, MULTI_SCALE = "folder", True  # what `run.py eval` can be asked for
@@ -27,11 +28,8 @@ def dataset(config, classes, multi_scale=False):
     """
     names = segmentation.Scenes.classes if config.data is None else named_classes(config.data)
     numbers = [str(number) for number in range(1, len(classes or ()) + 1)]
-    if classes and names and list(classes) != names and (list(classes) != numbers or len(names) != len(classes)):
-        differing = [pair for pair in zip(classes, names) if pair[0] != pair[1]]
-        source = f"--data {config.data}" if config.data else "without --data, rendered scenes"
-        raise ValueError(f"{source}: {len(names)} classes, the checkpoint has {len(classes)}; expected the same names "
-                         f"in the same order. The first that differ (checkpoint, data): {differing[:3]}")
+    if classes and names and (list(classes) != numbers or len(names) != len(classes)):
+        refuse_other_names(classes, names, config.data)
     classes = names or classes or segmentation.class_names(config)
     ratios = RATIOS if multi_scale else (1.0,)
     return segmentation.validation_set(config, classes, ratios, flip=multi_scale), classes
@@ -65,8 +63,8 @@ def evaluate(model, loader, device, amp="none", dump=None):
             if dump:
                 path = Path(dump) / f"{name}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                label_map = (predicted + 1).to(torch.uint8).cpu().numpy()
-                Image.fromarray(label_map).save(path)
+                label_map = Image.fromarray((predicted + 1).to(torch.uint8).cpu().numpy())
+                replace_atomically(path, lambda file: label_map.save(file, format="png"))
     seconds = max_over_ranks(time.perf_counter() - start, device)
     num_classes = max_over_ranks(0 if matrix is None else len(matrix), device)  # a rank may have had no photograph
     if matrix is None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as rle
 
-from eval import evaluating
+from eval import evaluating, refuse_other_names
 from train import data, detection
 from train.device import autocast
 from train.distributed import from_rank_0, gather, max_over_ranks
@@ -28,10 +28,8 @@ def dataset(config, classes):
     """(Dataset, names of the classes). classes: names of the checkpoint's classes, which have to be those of the data,
     or None."""
     photographs, names = detection.validation_set(config)
-    if classes is not None and list(classes) != names:
-        differing = [(ours, theirs) for ours, theirs in zip(classes, names) if ours != theirs]
-        raise ValueError(f"--data has {len(names)} classes, the checkpoint {len(classes)}; expected the same, in the "
-                         f"order of their ids. The first that differ: {differing[:3]}")
+    if classes is not None:
+        refuse_other_names(classes, names, config.data)
     return photographs, names
 
 

@@ -19,6 +19,7 @@ BUFFERS = ("relative_position_index", "relative_id", "attn_mask")  # computed fr
 # Of newer mmdetection, mmsegmentation and mmpretrain: Swin's names there, and ours.
 MMDETECTION = {r"\bpatch_embed\.projection\.": "patch_embed.proj.", r"\bstages\.": "layers.", r"\.w_msa\.": ".",
                r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.", r"\.ffn\.layers\.1\.": ".mlp.fc2."}
+BYTEARRAY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")  # torch would make one of any length, and fill it
 CLASSIFIER = re.compile(
     r"(head|aux_head"
     r"|(decode|auxiliary)_head\.conv_seg"
@@ -142,9 +143,8 @@ def check_archive(path):
         for part in parts:
             if part.external_attr & 16:  # torch takes what is marked as a folder for zeros, or whatever is in memory
                 raise ValueError(f"the mark of {part.filename} does not fit")
-            calls = rb"c(__builtin__|builtins)\nbytearray\n"
-            if part.filename.endswith("data.pkl") and re.search(calls, archive.read(part)):
-                raise ValueError("GLOBAL builtins.bytearray")  # torch would make one of any length, and fill it
+            if part.filename.endswith("data.pkl") and BYTEARRAY.search(archive.read(part)):
+                raise ValueError("GLOBAL builtins.bytearray")
 
 
 def _data_types():

@@ -282,7 +282,7 @@ def test_predict_lists_objects_by_their_scores(photos, trained, tmp_path):
 
 
 def test_mistakes_in_the_commands_are_said(trained, capsys):
-    with pytest.raises(ValueError, match="--data has 8 classes, the checkpoint 3"):
+    with pytest.raises(ValueError, match="rendered scenes: 8 classes, the checkpoint has 3"):
         coco.dataset(detector(), ["red", "green", "blue"])
     for arguments, words in ((["eval", "--weights", trained[0], "--dump", str(Path(trained[0]).parent)], "is a folder"),
                              (["eval", "mask_rcnn_swin_t", "--multi-scale"], "is a detector"),

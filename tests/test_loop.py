@@ -1,4 +1,5 @@
 """The loop: what it computes, what it writes, and how it goes on."""
+import contextlib
 import math
 import os
 import re
@@ -100,6 +101,18 @@ def test_max_steps_ends_in_the_middle_of_an_epoch(tmp_path):
     logged = rows(tmp_path / "run")
     assert len(history) == 2 and [row["step"] for row in logged if "step" in row] == [0, 1, 2, 3]
     assert history[1]["train_loss"] == logged[-2]["loss"]
+
+
+@pytest.mark.parametrize("epoch, step, losses, fits", [
+    (0, 0, 0, True), (0, 3, 3, True), (1, 4, 0, True), (1, 8, 4, True), (1, 6, 2, True), (2, 9, 1, True),
+    (3, 10, 0, True),  # ended by max_steps
+    (1, 5, 0, False), (1, 6, 1, False), (1, 3, 0, False), (0, 5, 5, False), (1, 10, 5, False)])
+def test_a_checkpoint_of_other_training_images_is_refused(epoch, step, losses, fits):
+    state = TrainingState(tiny(num_classes=3, max_steps=10), 1, torch.device("cpu"))
+    saved = {**state.checkpoint(["a", "b", "c"]), "epoch": epoch, "step": step, "losses": [1.0] * losses}
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="an epoch has 4 steps here"):
+        state.load(saved, ["a", "b", "c"], steps=4)
+        assert (state.epoch, state.step, len(state.losses)) == (epoch, step, losses)
 
 
 def test_fill_last_makes_one_more_step_of_what_is_left(tmp_path):

@@ -56,9 +56,13 @@ def test_the_kernel_without_a_mistake():
     ("sub.s32 %r5", "sub.rn.f32.bf16 %r5", "not known here: sub.rn.f32.bf16"),
 ], ids=str)
 def test_mistakes_with_memory_and_barriers(before, after, said):
-    assert REVERSED.count(before) == 1
+    refused(reverse, REVERSED, before, after, said)
+
+
+def refused(run, source, before, after, said):
+    assert source.count(before) == 1
     with pytest.raises(Fault, match=said):
-        reverse(REVERSED.replace(before, after))
+        run(source.replace(before, after))
 
 
 def test_the_place_of_a_mistake_is_named():
@@ -158,9 +162,7 @@ def test_asynchronous_copies():
     ("cp.async.cg.shared.global [%r1],", "cp.async.bulk.shared.global [%r1],", "not known here: cp.async.bulk"),
 ], ids=str)
 def test_mistakes_with_asynchronous_copies(before, after, said):
-    assert COPIED.count(before) == 1
-    with pytest.raises(Fault, match=said):
-        copied(COPIED.replace(before, after))
+    refused(copied, COPIED, before, after, said)
 
 
 def test_what_another_warp_copied_needs_a_barrier():

@@ -94,14 +94,15 @@ def tensors_from_rank_0(value, device):
     `device`, never all at once."""
     if not dist.is_initialized():
         return from_rank_0(value)
-    file = io.BytesIO()
+    file, tensors = io.BytesIO(), []
     describer = _Describer(file)
+    describer.tensors = tensors
     describer.dump(value)
     described = from_rank_0(file.getvalue())
-    tensors = describer.tensors
     if dist.get_rank():
         placer = _Placer(io.BytesIO(described))
-        value, tensors = placer.load(), placer.tensors
+        placer.tensors = tensors = []
+        value = placer.load()
     for tensor in tensors:
         flat = tensor.contiguous().reshape(-1).view(torch.uint8).to(device)
         dist.broadcast(flat, 0)
@@ -113,11 +114,7 @@ def tensors_from_rank_0(value, device):
 
 
 class _Describer(pickle.Pickler):
-    """Pickles with shape, stride and type in the place of every tensor; `tensors` are these, in order."""
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.tensors = []
+    """Pickles with shape, stride and type in the place of every tensor; these go into the list `tensors`, in order."""
 
     def persistent_id(self, part):
         if isinstance(part, torch.Tensor):
@@ -127,11 +124,7 @@ class _Describer(pickle.Pickler):
 
 
 class _Placer(pickle.Unpickler):
-    """Puts empty tensors into these places."""
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.tensors = []
+    """Puts empty tensors into these places, and into the list `tensors`."""
 
     def persistent_load(self, described):
         shape, stride, dtype = described

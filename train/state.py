@@ -92,7 +92,7 @@ class TrainingState:
 
     def load(self, checkpoint, classes, steps):
         """classes: names of those in the data; steps: of an epoch -> notes. Raises ValueError when the checkpoint is of
-        a run that was configured otherwise or had other classes."""
+        a run that was configured otherwise, or had other classes or another number of steps in an epoch."""
         notes = refuse_other(self.config, checkpoint["config"])
         refuse_other_classes(checkpoint["classes"], classes, self.config.data or "the rendered scenes")
         self.model.load_state_dict(checkpoint["model"])
@@ -107,4 +107,10 @@ class TrainingState:
         self.epoch, self.history = checkpoint["epoch"], checkpoint["history"]
         self.step = checkpoint.get("step", self.epoch * steps)  # older versions saved whole epochs alone
         self.losses, self.seconds = checkpoint.get("losses", []), checkpoint.get("seconds", 0.0)
+        finished = min(self.epoch * steps, self.config.max_steps or self.epoch * steps)
+        if self.step != finished + len(self.losses) or len(self.losses) > steps:
+            raise ValueError(f"--resume: the checkpoint is of step {self.step}, after {self.epoch} epochs and "
+                             f"{len(self.losses)} steps of the next one, but an epoch has {steps} steps here; expected "
+                             "the training images, or with fill_last the ranks, of the run. A new one can start from "
+                             "its weights: --weights")
         return notes
