@@ -4,6 +4,11 @@ import time
 from tqdm import tqdm
 
 
+def rounded(rate):
+    """A rate as text, with decimals where it has few digits."""
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 class Progress:
     """A tqdm bar on a terminal; a line now and then in a file or a pipe; nothing on ranks other than 0."""
 
@@ -23,16 +28,18 @@ class Progress:
         if self.bar.disable and not self.quiet and now - self.last_line > 10:
             rate = (self.done - self.first) / (now - self.start)  # steps per second
             left = round((self.total - self.done) / rate)
-            print(f"step {self.done}/{self.total}  loss {loss:.3f}  lr {lr:.1e}  {rate * self.batch_size:.0f} images/s "
-                  f" {left // 60}:{left % 60:02d} left", flush=True)
+            print(f"step {self.done}/{self.total}  loss {loss:.3f}  lr {lr:.1e}  "
+                  f"{rounded(rate * self.batch_size)} images/s  {left // 60}:{left % 60:02d} left", flush=True)
             self.last_line = now
 
     def epoch(self, row, epochs, metrics):
         if not self.quiet:
             scores = "  ".join(f"{name} {row[metric]:.2f}" for metric, name in metrics.items())
             val_loss = f"val loss {row['val_loss']:.3f}  " if "val_loss" in row else ""
+            memory = f"  {row['memory'] / 1e9:.1f} GB" if row["memory"] else ""
             tqdm.write(f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  {val_loss}{scores}  "
-                       f"{row['images_per_s']:.0f} images/s")
+                       f"{rounded(row['images_per_s'])} images/s, {row['waiting']:.0%} waiting for data  "
+                       f"evaluated in {row['evaluation_s']:.1f} s, saved in {row['saving_s']:.1f} s{memory}")
 
     def say(self, lines):
         if not self.quiet:

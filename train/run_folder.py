@@ -76,7 +76,8 @@ class RunFolder:
         """One line of log.jsonl.
 
         A step: step, epoch from 0, loss, lr; saving_s, seconds, where checkpoints held it up. An epoch: epoch from 1,
-        train_loss, val_loss if the task has one, the metrics, images_per_s, memory in bytes.
+        train_loss, val_loss if the task has one, the metrics, images_per_s, waiting (share of the time that its steps
+        waited for data), evaluation_s and saving_s in seconds, memory in bytes.
         """
         if self.writes:
             with naming(self.path / "log.jsonl"), open(self.path / "log.jsonl", "a") as file:
