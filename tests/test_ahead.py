@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -178,3 +179,24 @@ def test_a_trace_of_steps_names_the_operators(tmp_path, capsys):
     assert f"{tmp_path}/run/trace.json" in capsys.readouterr().out
     assert sum(name == "ProfilerStep#2" for name in names) >= 1 and "ProfilerStep#1" not in names
     assert "elsa::attention" in names
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("exchange", ["fp32", "bf16"])
+def test_the_precision_in_which_ranks_exchange_gradients(group, exchange):
+    state = TrainingState(tiny(num_classes=8, grad_exchange=exchange), 2, torch.device("cpu"))
+    state.wrap()
+    for _ in range(2):  # of a static graph the first pass is a special one
+        state.model.zero_grad()
+        state.forward(torch.randn(2, 3, 16, 16)).square().mean().backward()
+        gradients = [parameter.grad for parameter in state.model.parameters()]
+        rounded = [torch.equal(gradient, gradient.bfloat16().float()) for gradient in gradients if gradient.any()]
+        assert len(rounded) > 50 and all(rounded) == (exchange == "bf16")
+    state.unwrap()

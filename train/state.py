@@ -1,5 +1,6 @@
 """All that training changes: the model, its moving average, the optimiser, the scaler. What last.pt holds."""
 import copy
+import inspect
 
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -62,10 +63,13 @@ class TrainingState:
         self.forward = torch.compile(self.model) if self.config.compile else self.model
         if self.world > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
-            # Ranks share what batch norm counted at the end of an epoch. A detector's graph follows what it finds.
+            # A detector's graph follows what it finds.
             static = task_of(self.config.model) != "detection" and self.config.accumulate == 1
-            self.forward = DistributedDataParallel(self.forward, device_ids=device_ids, broadcast_buffers=False,
-                                                   gradient_as_bucket_view=True, static_graph=static)
+            # Ranks share what batch norm counted at the end of an epoch. torch renamed the option in 2.14.
+            known = inspect.signature(DistributedDataParallel).parameters
+            buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            self.forward = DistributedDataParallel(self.forward, device_ids=device_ids, gradient_as_bucket_view=True,
+                                                   static_graph=static, **{buffers: False})
             if self.config.grad_exchange == "bf16":
                 self.forward.register_comm_hook(None, bf16_compress_hook)
 
