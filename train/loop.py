@@ -17,7 +17,7 @@ from train import data
 from train.bad_images import BadImages, Replacing, allowed
 from train.checkpoint import Checkpoints
 from train.config import task_of
-from train.device import peak_memory, to_device
+from train.device import peak_memory, seed_generators, to_device
 from train.distributed import agree, gather, join_ranks, leave_ranks, tune_kernels
 from train.interruption import Interruption
 from train.profiler import start_profiler
@@ -54,6 +54,7 @@ def train(config, task, evaluation, resume=None, notes=()):
         agree(config, training, validation, classes)
         notes = [*notes, *check_fit(config, len(training), len(classes), world, device)]
         folder = RunFolder.open(config, resume, rank, evaluation.METRICS)
+        ends.callback(folder.close)
         checkpoints = ends.enter_context(Checkpoints(folder, config.save_minutes))
         state = TrainingState(config, world, device, fresh=not folder.resumes)
         ends.callback(state.unwrap)
@@ -123,7 +124,7 @@ def train_epoch(state, task, loader, epoch, rank, interruption, due=lambda: Fals
             group["lr"] = lr
 
         # No state of a generator outlives a step, and so none is saved. 1: other seeds than those of images.
-        torch.manual_seed(data.seed_of(config.seed, epoch, step, rank, 1))
+        seed_generators(data.seed_of(config.seed, epoch, step, rank, 1), state.device)
         losses = []  # of the passes
         first = (step - epoch * steps) * config.accumulate  # pass of this step in the epoch
         for i, batch in enumerate(itertools.islice(batches, config.accumulate), first):

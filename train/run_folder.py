@@ -19,6 +19,7 @@ class RunFolder:
     def __init__(self, path, writes, metrics, resumes=False):
         """path: None before make(). resumes: whether there is a checkpoint to continue from."""
         self.path, self.writes, self.metrics, self.resumes = path and Path(path), writes, metrics, resumes
+        self.file = None  # log.jsonl
 
     @classmethod
     def open(cls, config, resume, rank, metrics):
@@ -80,8 +81,14 @@ class RunFolder:
         waited for data), evaluation_s and saving_s in seconds, memory in bytes.
         """
         if self.writes:
-            with naming(self.path / "log.jsonl"), open(self.path / "log.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            with naming(self.path / "log.jsonl"):
+                if self.file is None:  # stays open: on a network disk opening takes milliseconds
+                    self.file = open(self.path / "log.jsonl", "ab", buffering=0)
+                self.file.write(json.dumps(row).encode() + b"\n")
+
+    def close(self):
+        if self.file:
+            self.file.close()
 
     def sync_log(self):
         """Puts the log on the disk."""
