@@ -37,7 +37,7 @@ def dataset(config, classes, multi_scale=False):
 
 def loader(dataset, batch_size, rank, world, workers):
     """Every photograph once over all ranks, in lists of at most `batch_size` whose views are of the same sizes."""
-    return data.validation_loader(dataset, batch_size, rank, world, workers, dataset.shapes)
+    return data.validation_loader(dataset, batch_size, rank, world, workers, by_shape=True)
 
 
 def evaluate(model, loader, device, amp="none", dump=None):

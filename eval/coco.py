@@ -39,7 +39,7 @@ def loader(dataset, batch_size, rank, world, workers):
     Not, as in training, to the size of the largest: features at the lower and right border see the padding, in windows
     and convolutions, and more of it would change what is found.
     """
-    return data.validation_loader(dataset, batch_size, rank, world, workers, dataset.shapes)
+    return data.validation_loader(dataset, batch_size, rank, world, workers, by_shape=True)
 
 
 def evaluate(model, loader, device, amp="none", dump=None):

@@ -103,7 +103,11 @@ def test_ranks_share_validation_images_without_padding(world, batch_size):
 @settings(deadline=None, max_examples=50)
 @given(groups=st.lists(st.integers(0, 3), max_size=20), batch_size=st.integers(1, 5), world=st.integers(1, 4))
 def test_batches_for_validation_are_of_one_group(groups, batch_size, world):
-    shares = [list(validation_loader(range(len(groups)), batch_size, rank, world, 0, groups)) for rank in range(world)]
+    class Images(list):
+        shapes = groups
+
+    images = Images(range(len(groups)))
+    shares = [list(validation_loader(images, batch_size, rank, world, 0, by_shape=True)) for rank in range(world)]
     for batches in shares:
         of_batch = [{groups[image] for image in batch} for batch in batches]
         assert all(len(kinds) == 1 for kinds in of_batch) and all(len(batch) <= batch_size for batch in batches)
@@ -113,5 +117,5 @@ def test_batches_for_validation_are_of_one_group(groups, batch_size, world):
     images = [sum(batches, []) for batches in shares]
     assert sorted(sum(images, [])) == list(range(len(groups)))
     assert max(map(len, images)) - min(map(len, images)) <= 1
-    if len({*groups}) == 1:
+    if len({*groups}) == 1 or batch_size == 1:
         assert images == [list(range(rank, len(groups), world)) for rank in range(world)]

@@ -125,18 +125,19 @@ def training_loader(dataset, config, rank, world):
                       worker_init_fn=outlive_signals)
 
 
-def validation_loader(dataset, batch_size, rank, world, workers, groups=None):
+def validation_loader(dataset, batch_size, rank, world, workers, by_shape=False):
     """Every image once over all ranks: rank r takes images r, r + world, ..., so that ranks may differ by one image.
 
-    batch_size: images of one rank. groups: a number for each image; the images are then dealt in the order of their
-    groups, and a batch is a list of samples of one group, as the data set gives them.
+    batch_size: images of one rank. by_shape: a batch is a list of samples as the data set gives them, whose number in
+    dataset.shapes is the same; where there may be several, the images are dealt in the order of these numbers.
     """
     own, batches = np.arange(rank, len(dataset), world), dict(batch_size=batch_size)
-    if groups is not None:
+    if by_shape:
+        groups = np.asarray(dataset.shapes if batch_size > 1 else range(len(dataset)))
         own = np.argsort(groups, kind="stable")[own]
-        batches = dict(batch_sampler=runs(np.asarray(groups)[own], batch_size), collate_fn=list)
+        batches = dict(batch_sampler=runs(groups[own], batch_size), collate_fn=list)
     return DataLoader(Subset(dataset, own.tolist()), **batches, num_workers=workers,
-                      pin_memory=torch.cuda.is_available() and groups is None, worker_init_fn=outlive_signals)
+                      pin_memory=torch.cuda.is_available() and not by_shape, worker_init_fn=outlive_signals)
 
 
 def runs(groups, size):
