@@ -10,6 +10,9 @@ from train.distributed import join_ranks, leave_ranks
 from train.run_folder import naming, notes_of
 from train.runs import refuse_inputs
 
+# Photographs that a segmenter or detector is shown at a time, without --batch-size: on a CPU more take more memory.
+PER_RANK = {"cuda": 4, "cpu": 1}
+
 
 def main(argv):
     """Evaluates what the command line says, and returns the result of the task's evaluate()."""
@@ -49,7 +52,8 @@ def run(config, weights, classes, multi_scale=False, dump=None):
                 raise ValueError(f"--dump: {config.num_classes} classes; expected at most 255, which fit into PNGs of "
                                  "8 bits from 1 on")
         model = load_model(config, weights).to(device)
-        loader = evaluation.loader(dataset, math.ceil(config.batch_size / world), rank, world, num_workers(config))
+        per_rank = math.ceil(config.batch_size / world) if config.batch_size else PER_RANK[device.type]
+        loader = evaluation.loader(dataset, per_rank, rank, world, num_workers(config))
         if rank == 0:
             size = "at" if task.model == "classifier" else "short side"
             views = ", 6 scales, each mirrored too" if multi_scale else ""

@@ -59,7 +59,8 @@ def settle(options, weights, photographs=False):
         recipe = configuration.recipe_path(options["model"], photographs or options.get("data"),
                                             attn=options.get("attn"))
         saved = configuration.read_recipe(recipe) if recipe.exists() else {}
-    config = configuration.Config(batch_size=128)
+    task = configuration.task_of(options["model"])
+    config = configuration.Config(batch_size=128 if task == "classification" else None)
     for name, value in [(name, saved[name]) for name in TRAINED if name in saved] + list(options.items()):
         setattr(config, name, configuration.cast(name, value))
     configuration.check(config)

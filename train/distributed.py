@@ -156,6 +156,15 @@ def gather(parts):
     return [part for rank in gathered for part in rank]
 
 
+def gather_to_rank_0(parts):
+    """The lists of all ranks, joined, on rank 0; an empty one on the others, which need memory for their own alone."""
+    if not dist.is_initialized():
+        return parts
+    gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(parts, gathered)
+    return [part for rank in gathered or () for part in rank]
+
+
 def broadcast_buffers(model):
     """Gives all ranks rank 0's statistics of batch norm: those that will be saved and evaluated."""
     for buffer in model.buffers() if dist.is_initialized() else ():

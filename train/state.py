@@ -60,7 +60,7 @@ class TrainingState:
 
     def wrap(self):
         """torch.compile and DistributedDataParallel, last of all: they keep what they have seen of the model."""
-        self.forward = torch.compile(self.model) if self.config.compile else self.model
+        self.forward = self.compiled() if self.config.compile else self.model
         if self.world > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
             # A detector's graph follows what it finds.
@@ -72,6 +72,16 @@ class TrainingState:
                                                    static_graph=static, **{buffers: False})
             if self.config.grad_exchange == "bf16":
                 self.forward.register_comm_hook(None, bf16_compress_hook)
+
+    def compiled(self):
+        """The model as one graph, made once: all batches of a run are of one shape, and what is evaluated is not
+        compiled. Of a detector its backbone alone, in place, for images of any size: how much there is to compute after
+        it depends on what it finds. With batch norm over all ranks there may be several graphs."""
+        if task_of(self.config.model) == "detection":
+            self.model.backbone.compile(fullgraph=True, dynamic=True)
+            return self.model
+        over_ranks = any(isinstance(module, torch.nn.SyncBatchNorm) for module in self.model.modules())
+        return torch.compile(self.model, fullgraph=not over_ranks)
 
     def unwrap(self):
         """Drops what holds on to the group of ranks, which must not outlive it: a group whose last reference goes after
