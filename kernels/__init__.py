@@ -37,9 +37,9 @@ One letter means one thing in all files (argument names of the public functions 
 
     p_ pointers   b_ tiles in registers   o_ offsets   m_ masks   s_ strides in elements
 """
-from kernels.attention import elsa_attention
-from kernels.hadamard import hadamard
-from kernels.reference import elsa_attention_reference
-from kernels.tuning import set_tuned, tuned
+from .attention import elsa_attention
+from .hadamard import hadamard
+from .reference import elsa_attention_reference
+from .tuning import set_tuned, tuned
 
 __all__ = ["elsa_attention", "elsa_attention_reference", "hadamard", "set_tuned", "tuned"]

@@ -10,7 +10,7 @@ the compiler does not know: otherwise it unrolls short loops over rows as well, 
 import triton
 import triton.language as tl
 
-from kernels.window import (
+from .window import (
     load_attention,
     load_filter,
     load_ghosts,

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from kernels import tuning
-from kernels.convolution_kernels import dqk_kernel, dweight_kernel, hadamard_kernel, pad_kernel
+from . import tuning
+from .convolution_kernels import dqk_kernel, dweight_kernel, hadamard_kernel, pad_kernel
 
 MIN_DOT = 16  # side of the smallest product that tl.dot takes
 MAX_BLOCK_P = 128  # pixels of a product
