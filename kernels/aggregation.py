@@ -11,7 +11,7 @@ MAX_BLOCK_J = 7  # taps of a row: sums for eight channels of each of seven are w
 
 
 def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
-    """out (B, Ho, Wo, C) and lse (B, G, Ho, Wo), empty where no softmax is taken.
+    """out (B, Ho, Wo, C) and lse (B, G, 2, Ho, Wo), see forward_kernel, empty where no softmax is taken.
 
     v (B, H, W, C); logits (B, G*K, Ho, Wo) or None; mul, add (C, kernel_size, kernel_size), per sample with a B before,
     or None. They are ready to be used: lam and gamma are already in them.
@@ -20,7 +20,7 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
     out = torch.empty(args.B, args.Ho, args.Wo, args.C, dtype=v.dtype, device=v.device)
     lse = args.nothing
     if args.flags["NORMALIZE"]:
-        lse = torch.empty(args.B, args.G, args.Ho, args.Wo, dtype=args.accumulator, device=v.device)
+        lse = torch.empty(args.B, args.G, 2, args.Ho, args.Wo, dtype=args.accumulator, device=v.device)
 
     def launch(**config):
         forward_kernel[args.grid(args.Ho, args.Wo, config)](
@@ -84,7 +84,7 @@ def _dghost(args, go, lse, mul, add, needs):
     blocks_per_row = triton.cdiv(kernel_size, BLOCK_J)
     shape = args.B, num_splits, kernel_size, blocks_per_row * BLOCK_J, args.C
     parts = [torch.empty(shape, dtype=args.accumulator, device=go.device) if need else args.nothing for need in needs]
-    flags = dict(args.flags, MUL=needs[0], ADD=needs[1])
+    flags = dict(args.flags, MUL=needs[0], ADD=needs[1], WHOLE_STRIPS=args.Wo % args.constants["STRIP"] == 0)
 
     def launch(**config):
         dghost_kernel[(args.B * num_splits * kernel_size * blocks_per_row, args.G)](

@@ -101,7 +101,7 @@ def _check_logits(logits, v, kernel_size, Ho, Wo, stride):
 @torch.library.custom_op("elsa::attention", mutates_args=())
 def _attention(v: torch.Tensor, logits: torch.Tensor | None, mul: torch.Tensor | None, add: torch.Tensor | None,
                kernel_size: int, dilation: int, stride: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, log-sum-exp of the logits for the backward pass); lam and gamma are already in mul and add."""
+    """(out, what the backward pass needs of the softmax); lam and gamma are already in mul and add."""
     if 0 in (*v.shape, v.shape[1] // stride, v.shape[2] // stride):
         empty = _fake_attention(v, logits, mul, add, kernel_size, dilation, stride, normalize)
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=v.device) for x in empty)
@@ -113,7 +113,7 @@ def _attention(v: torch.Tensor, logits: torch.Tensor | None, mul: torch.Tensor |
 def _fake_attention(v, logits, mul, add, kernel_size, dilation, stride, normalize):
     B, H, W, C = v.shape
     Ho, Wo = H // stride, W // stride
-    lse = (B, logits.shape[1] // kernel_size ** 2, Ho, Wo) if normalize and logits is not None else (0,)
+    lse = (B, logits.shape[1] // kernel_size ** 2, 2, Ho, Wo) if normalize and logits is not None else (0,)
     accumulator = torch.float64 if v.dtype == torch.float64 else torch.float32
     return v.new_empty(B, Ho, Wo, C), v.new_empty(lse, dtype=accumulator)
 

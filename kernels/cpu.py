@@ -38,7 +38,7 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
                 v_t = torch.mul(v_t, layout.tap(mul, t, chunk), out=scratch[..., rows, :])
             sums[..., rows, :].addcmul_(v_t, a[t][..., rows, :])
         out[chunk].add_(layout.pixels(sums))
-    return out.to(dtype), v.new_zeros(B, heads, Ho, Wo) if normalize else v.new_empty(0)
+    return out.to(dtype), v.new_zeros(B, heads, 2, Ho, Wo) if normalize else v.new_empty(0)
 
 
 def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, normalize, needs):
@@ -75,7 +75,9 @@ def _attention_backward(layout, chunk, go, v, logits, mul, normalize, dv, dlogit
         if dlogits is not None:
             torch.sum(torch.mul(go_mul, read(source), out=scratch[..., rows, :]), 2, out=da[:, :, t, rows])
         if dmul is not None:
-            per_sample = (go_t * read(source) * a_t).sum((3, 4)).flatten(1)  # (B, C)
+            product = torch.mul(go_t, read(source), out=scratch[..., rows, :])
+            product[..., layout.Wo:] = 0  # of a NaN that no output reads, too
+            per_sample = product.mul_(a_t).sum((3, 4)).flatten(1)  # (B, C)
             if mul.ndim == 4:
                 dmul.flatten(-2)[chunk][..., t] = per_sample
             else:
@@ -227,7 +229,9 @@ def _dadd_tap_by_tap(go, v, add, kernel_size, dilation, stride):
     layout = _Layout(v, 1, kernel_size, dilation, stride)
     source, go = layout.padded(v), layout.outputs(go)
     for t, rows, read in layout.taps():
-        per_sample = (go[..., rows, :] * read(source)).sum((3, 4)).flatten(1)  # (B, C)
+        product = go[..., rows, :] * read(source)
+        product[..., layout.Wo:] = 0
+        per_sample = product.sum((3, 4)).flatten(1)  # (B, C)
         dadd.flatten(-2)[..., t] = per_sample if add.ndim == 4 else per_sample.sum(0)
     return dadd
 
