@@ -84,7 +84,7 @@ def _dghost(args, go, lse, mul, add, needs):
     blocks_per_row = triton.cdiv(kernel_size, BLOCK_J)
     shape = args.B, num_splits, kernel_size, blocks_per_row * BLOCK_J, args.C
     parts = [torch.empty(shape, dtype=args.accumulator, device=go.device) if need else args.nothing for need in needs]
-    flags = dict(args.flags, MUL=needs[0], ADD=needs[1], WHOLE_STRIPS=args.Wo % args.constants["STRIP"] == 0)
+    flags = dict(args.flags, MUL=needs[0], ADD=needs[1], NARROW=args.Wo < args.constants["STRIP"])
 
     def launch(**config):
         dghost_kernel[(args.B * num_splits * kernel_size * blocks_per_row, args.G)](

@@ -204,7 +204,7 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
                   KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
                   HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr,
                   MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
-                  STRIP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_J: tl.constexpr, WHOLE_STRIPS: tl.constexpr):
+                  STRIP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_J: tl.constexpr, NARROW: tl.constexpr):
     """Partial dmul and dadd, (B * num_splits, KERNEL_SIZE, KERNEL_SIZE rounded up to blocks of BLOCK_J, C).
 
         a[t]    = as in the forward pass                               for each b, g and output pixel (y, x)
@@ -213,7 +213,9 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
 
     A program sums BLOCK_J neighbouring taps of a row over the split_size strips of one split of a sample. The programs
     of one split follow each other, so that what the first reads of v and of go the others find in the cache.
-    Without WHOLE_STRIPS some strips end behind their row: there go is 0, and v may be NaN, which no tap reads.
+    The last strip of a row ends with the row, and counts no pixel of the strip before; those it does not count have a
+    product of 0, or of NaN, which that strip has, too. A row that is shorter than a strip is NARROW: behind it there may
+    be NaN that no output reads.
     """
     blocks_per_row: tl.constexpr = (KERNEL_SIZE + BLOCK_J - 1) // BLOCK_J
     split = tl.program_id(0) // (KERNEL_SIZE * blocks_per_row)  # of all samples
@@ -238,13 +240,14 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
         b_dadd = b_dadd + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
     for start in range(first, last, BLOCK_S):
         o_s = start + tl.arange(0, BLOCK_S)
-        o_y, o_x = o_s // per_row, o_s % per_row * STRIP
+        o_y, o_new = o_s // per_row, o_s % per_row * STRIP
+        o_x = tl.minimum(o_new, tl.maximum(Wo - STRIP, 0))
         o_p = o_y * Wo + o_x
         p_row, m_y = row_of_window(p_v, o_y, o_x, o_d, i, H, Ho, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
         m_y &= o_s < last
         m_p, b_go, b_max, b_log = (), (), (), ()
         for p in tl.static_range(STRIP):
-            m = (o_s < last) & (o_x + p < Wo)
+            m = (o_s < last) & (o_x + p >= o_new) & (o_x + p < Wo)
             m_p = m_p + (m,)
             p_g = (p_go + (o_p + p) * C)[:, None] + o_d[None, :]
             b_go = b_go + (tl.load(p_g, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC),)
@@ -258,7 +261,7 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
             for p in tl.static_range(STRIP):
                 if column - p >= 0 and column - p < BLOCK_J:  # what pixel p reads as the block's tap column - p
                     b_product = b_v * b_go[p]  # [BLOCK_S, BLOCK_D] * [BLOCK_S, BLOCK_D] -> [BLOCK_S, BLOCK_D]
-                    if p > 0 and not WHOLE_STRIPS:
+                    if p > 0 and NARROW:
                         b_product = tl.where(m_p[p][:, None], b_product, 0.0)
                     if ADD:
                         b_sum = b_dadd[column - p] + b_product
