@@ -50,6 +50,7 @@ def _strict(v, logits, ghost_mul=None, ghost_add=None, *, kernel_size, dilation,
     if logits is not None:
         a = logits.unflatten(1, (-1, kernel_size ** 2))
         a = (a.softmax(2) if normalize else a).repeat_interleave(C // a.shape[1], 1).permute(0, 3, 4, 2, 1)
+        a = torch.where(inside, a, 0.0)
         f = a * per_pixel(ghost_mul) ** lam if ghost_mul is not None and lam else a
     if ghost_add is not None and gamma:
         f = f + gamma * per_pixel(ghost_add)
