@@ -193,8 +193,8 @@ def plant_mistake(draw, call):
     others = [torch.int64] if name in ("v", "q") or call.autocast else [torch.int64, *DTYPES]
     wrong = [dtype for dtype in others if dtype not in (tensors["v" if "v" in tensors else "q"].dtype, torch.float32)]
     tensors[name] = draw.one_of(
-        lambda: x[None], lambda: x[:, None] if x.ndim == 4 else x[..., None], lambda: x.numpy, lambda: x.to("meta"),
-        lambda: x.to(draw.one_of(*wrong)), lambda: torch.cat([x, x[:1]]) if x.numel() and x.ndim < 4 else x[None])()
+        lambda: x[None, None], lambda: x[..., None, None], lambda: x.numpy, lambda: x.to("meta"),
+        lambda: x.to(draw.one_of(*wrong)), lambda: torch.cat([x, x[:1]]) if x.numel() and x.ndim < 4 else x[0])()
     call.wanted = []
 
 
