@@ -24,7 +24,7 @@ def forward(q, k, weight, bias, scale, dilation):
 
     def launch(**config):
         hadamard_kernel[geometry.grid(config)](
-            h, matrices, bias, z, u, *geometry.image, geometry.num_products, scale, **geometry.constants, **config)
+            h, matrices, bias.contiguous(), z, u, *geometry.image, geometry.num_products, scale, **geometry.constants, **config)
 
     configs = candidates((128, 128, 2), (64, 128, 2), (128, 256, 3))
     tuning.launch("hadamard", geometry.key, configs, launch, q.device)

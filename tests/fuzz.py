@@ -194,7 +194,7 @@ def plant_mistake(draw, call):
     wrong = [dtype for dtype in others if dtype not in (tensors["v" if "v" in tensors else "q"].dtype, torch.float32)]
     tensors[name] = draw.one_of(
         lambda: x[None, None], lambda: x[..., None, None], lambda: x.numpy, lambda: x.to("meta"),
-        lambda: x.to(draw.one_of(*wrong)), lambda: torch.cat([x, x[:1]]) if x.numel() and x.ndim < 4 else x[0])()
+        lambda: x.to(draw.one_of(*wrong)), lambda: torch.cat([x, x[:1]]) if x.ndim < 4 else x[None])()
     call.wanted = []
 
 
