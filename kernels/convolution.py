@@ -20,11 +20,11 @@ def forward(q, k, weight, bias, scale, dilation):
     """
     geometry = _Geometry(q, weight, dilation)
     z, u = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    h, matrices = geometry.padded(q, k), geometry.matrices(weight, mirrored=False)
+    h, matrices, bias = geometry.padded(q, k), geometry.matrices(weight, mirrored=False), bias.contiguous()
 
     def launch(**config):
         hadamard_kernel[geometry.grid(config)](
-            h, matrices, bias.contiguous(), z, u, *geometry.image, geometry.num_products, scale, **geometry.constants, **config)
+            h, matrices, bias, z, u, *geometry.image, geometry.num_products, scale, **geometry.constants, **config)
 
     configs = candidates((128, 128, 2), (64, 128, 2), (128, 256, 3))
     tuning.launch("hadamard", geometry.key, configs, launch, q.device)
