@@ -62,10 +62,11 @@ def elsa_attention(v, logits, ghost_mul=None, ghost_add=None, *, kernel_size, di
         checks.sample_fits("logits", logits)
     mul = ghost_mul if logits is not None and lam != 0 else None
     add = ghost_add if gamma != 0 else None
+    wide = torch.promote_types(v.dtype, torch.float32)  # in which their gradients, too, are no float16 yet
     if mul is not None and lam != 1:
-        mul = mul ** lam
+        mul = mul.to(wide) ** lam
     if add is not None and gamma != 1:
-        add = add * gamma
+        add = add.to(wide) * gamma
     if logits is None and add is None:
         raise ValueError("logits: None leaves ghost_add alone to act, and ghost_add is None or gamma is 0; "
                          "pass logits, or ghost_add and a gamma other than 0")
