@@ -108,8 +108,8 @@ class Scenes(data.Scenes):
 class AugmentedPhotographs(Dataset):
     """Photographs for training; keys (epoch, index): their augmentation depends on these and the seed, on nothing else.
 
-    Samples are (image, label), or with `token_labels`, a tokens.TokenLabels, (image, label, label map, matrix): see
-    augment.TrainingTransform for the matrix.
+    Samples are (image (img_size, img_size, 3) uint8, label), or with `token_labels`, a tokens.TokenLabels, (image,
+    label, label map, matrix): see augment.TrainingTransform for the matrix, device.to_device for the bytes.
     """
 
     def __init__(self, images, transform, seed, token_labels=None):

@@ -103,7 +103,8 @@ class Config:
     amp: str = key("machine", "auto", "bf16, fp16 or none; auto: bf16 on cuda, none on cpu")
     compile: bool = key("machine", False, "compile the model with torch.compile")
     checkpointing: bool = key("machine", False, "recompute blocks in backward: less memory, more time")
-    workers: int | None = key("machine", None, "processes per rank that read images; null: up to 8")
+    workers: int | None = key("machine", None, "processes per rank that read images; null: its share of the cores")
+    prefetch: int = key("machine", 2, "batches that each of these keeps ready")
     save_minutes: float = key("machine", 15.0, "between two checkpoints; one more ends each epoch")
     timeout_minutes: float = key("machine", 10.0, "of several ranks: how long one may stand still until all end")
 
@@ -114,7 +115,7 @@ NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple:
          dict: "a YAML mapping, as '{embed_dim: 64}'", str: "a text"}
 # A resumed run may differ in these alone: they change neither the weights nor the images.
 FREE = ("data", "weights", "out", "val_limit", "bad_images", "device", "compile", "checkpointing", "workers",
-        "save_minutes", "timeout_minutes")
+        "prefetch", "save_minutes", "timeout_minutes")
 
 
 def family_of(model):
@@ -300,7 +301,7 @@ def check(config):
             expect(all(map(math.isfinite, value if isinstance(value, tuple) else (value,))), name, "finite numbers")
     expect(0 <= config.seed < 2 ** 63, "seed", "0 to 2**63 - 1")
     for name in ("img_size", "num_classes", "patch_size", "window_size", "epochs", "batch_size", "accumulate", "limit",
-                 "val_limit", "max_steps"):
+                 "val_limit", "max_steps", "prefetch"):
         expect(getattr(config, name) is None or getattr(config, name) > 0, name, "1 or more")
     for name in ("lr", "warmup_lr", "min_lr", "warmup_epochs", "cooldown_epochs", "weight_decay", "clip_grad",
                  "mixup", "cutmix", "mix_token", "dense_weight", "auxiliary_weight", "randaugment_std", "save_minutes"):

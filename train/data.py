@@ -117,7 +117,7 @@ def training_loader(dataset, config, rank, world):
     # to the first batch instead of one, and 390 MB a worker instead of 140.
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=getattr(dataset, "collate", None), num_workers=workers,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
-                      worker_init_fn=outlive_signals)
+                      prefetch_factor=config.prefetch if workers else None, worker_init_fn=outlive_signals)
 
 
 def validation_loader(dataset, batch_size, rank, world, workers):
@@ -126,12 +126,13 @@ def validation_loader(dataset, batch_size, rank, world, workers):
     batch_size: images of one rank; None: single samples, as the data set gives them.
     """
     return DataLoader(Subset(dataset, range(rank, len(dataset), world)), batch_size, num_workers=workers,
-                      pin_memory=torch.cuda.is_available() and batch_size is not None, worker_init_fn=outlive_signals)
+                      pin_memory=torch.cuda.is_available() and batch_size is not None, persistent_workers=workers > 0,
+                      worker_init_fn=outlive_signals)
 
 
 def num_workers(config):
     """As configured; else none for scenes, which draw in a millisecond or two, and for photographs the cores that
-    may be used, split among the machine's ranks, at most 8."""
+    may be used, split among the machine's ranks."""
     if config.workers is not None:
         return config.workers
-    return 0 if config.data is None else min(8, cores.available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return 0 if config.data is None else cores.available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
