@@ -164,35 +164,7 @@ class Affine:
 
     def __call__(self, image, level, signed, resample=Image.Resampling.BICUBIC):
         coefficients = self.matrix(signed, *image.size)[:2].flatten().tolist()
-        a, b, c, d, e, f = coefficients  # x, y in the result come from a x + b y + c, d x + e y + f
-        if resample == Image.Resampling.BICUBIC and (a, d, e, f) == (1, 0, 1, 0):
-            return shift_rows(image, b * (np.arange(image.height) + 0.5) + c)
-        if resample == Image.Resampling.BICUBIC and (a, b, c, e) == (1, 0, 0, 1):
-            turned = shift_rows(image.transpose(Image.Transpose.TRANSPOSE), d * (np.arange(image.width) + 0.5) + f)
-            return turned.transpose(Image.Transpose.TRANSPOSE)
         return image.transform(image.size, Image.Transform.AFFINE, coefficients, resample, fillcolor=tuple(FILL))
-
-
-def shift_rows(image, shifts):
-    """image.transform() of an RGB PIL image, bicubic, where each row y moves for itself, by shifts[y] pixels, (H,)
-    float64, to the left: sooner, as a pixel then has 4 taps, not 4 x 4. The same bytes, but for one of several thousand
-    that float32 puts on the other side of a whole number.
-    """
-    W, H = image.size
-    whole = np.floor(shifts)
-    columns = torch.arange(-1, W + 2) + torch.from_numpy(whole).long()[:, None]
-    pixels = four_bytes(image).view(torch.int32).view(H, W)  # one number a pixel
-    pixels = pixels.gather(1, columns.clamp(0, W - 1)).view(torch.uint8).view(H, -1, 4).float()
-    left, centre, right, far = (pixels[:, k:k + W] for k in range(4))
-    t = torch.from_numpy(shifts - whole).float()[:, None, None]
-    # Keys' cubic with a = -1, in differences, so that what is even stays so.
-    out = centre + (2 * t * t - t - t ** 3) * (left - centre)
-    out.addcmul_(t + t * t - t ** 3, right - centre).addcmul_(t ** 3 - t * t, far - centre)
-    out = out.clamp_(0, 255).to(torch.uint8)
-    at = np.arange(W) + 0.5 + shifts[:, None]
-    fill = torch.tensor([*FILL, 255], dtype=torch.uint8).view(torch.int32).item()
-    out.view(torch.int32).view(H, W).masked_fill_(torch.from_numpy((at < 0) | (at >= W)), fill)
-    return from_four_bytes(out)
 
 
 def _rotation(signed):
