@@ -16,6 +16,8 @@ LATE = {  # what may be imported inside a function, and why
     "matplotlib": "slow, and only plots need it",
     "faster_coco_eval": "only detection needs it",
     "resource": "not on Windows",
+    "datasets": "optional: only --data hf:... needs it",
+    "timm": "optional: the bench of the input measures it where it is there",
 }
 
 

@@ -10,8 +10,11 @@ from torchvision.datasets import ImageFolder
 from models.precision import widened
 from train import data, scenes
 from train.augment import TrainingTransform, erase, mix, validation_transform
+from train.config import RECORDS
 from train.device import autocast
+from train.hub_data import HubImages
 from train.photographs import left_out, load_image, suffixes, to_tensor
+from train.shards import Shards
 from train.tokens import TokenLabels, dense_targets, draw_swap
 
 
@@ -22,13 +25,15 @@ def datasets(config):
     """
     if config.data is None:
         return Scenes.of(config), Scenes.of(config, validation=True), Scenes.classes
-    train = image_folder(_split(config.data, "train"))
+    train = source(config, training=True)
     val = validation_folder(config)
     if train.classes != val.classes:
         missing, extra = sorted(set(train.classes) - set(val.classes)), sorted(set(val.classes) - set(train.classes))
         raise ValueError(f"the classes of {train.root} and {val.root} differ; expected the same folders in both. "
                          f"Missing in {val.root}: {missing[:5]}, missing in {train.root}: {extra[:5]}")
     train_images = balanced(train, config.limit)
+    if config.token_labels and not isinstance(train, PhotographFolder):
+        raise ValueError("token_labels are called as photographs in folders; expected --data DIR beside them")
     labels = TokenLabels(config.token_labels, train, train_images) if config.token_labels else None
     training = AugmentedPhotographs(train_images, TrainingTransform(config), config.seed, labels)
     training.notes = train.notes
@@ -36,8 +41,16 @@ def datasets(config):
 
 
 def validation_folder(config):
-    """ImageFolder of DIR/val or DIR/test, ready to be evaluated."""
-    return image_folder(_split(config.data, "val", "test"), validation_transform(config.img_size, config.crop_pct))
+    """The photographs of --data for validation, ready to be evaluated."""
+    return source(config, False, validation_transform(config.img_size, config.crop_pct))
+
+
+def source(config, training, transform=None):
+    """The photographs of --data for training or for validation: a PhotographFolder or records.Records."""
+    kind, _, place = config.data.partition(":")
+    if kind in RECORDS:
+        return {"hf": HubImages, "wds": Shards}[kind](place, training, transform)
+    return image_folder(_split(config.data, *["train"] if training else ["val", "test"]), transform)
 
 
 def loss(model, batch, config, rng):
@@ -119,11 +132,11 @@ class AugmentedPhotographs(Dataset):
         return len(self.images)
 
     def name(self, index):
-        """The file of an image, for errors."""
+        """The file or record of an image, for errors."""
         images = self.images
         if isinstance(images, Subset):
             images, index = images.dataset, images.indices[index]
-        return images.samples[index][0]
+        return images.name(index)
 
     def __getitem__(self, key):
         epoch, index = key
@@ -153,6 +166,10 @@ class PhotographFolder(ImageFolder):
         self.notes = left_out(others)
         # As UTF-8, whatever the locale takes them for: a checkpoint is known by them everywhere.
         self.classes = [os.fsencode(name).decode("utf-8", "surrogateescape") for name in self.classes]
+
+    def name(self, index):
+        """The file of a photograph."""
+        return self.samples[index][0]
 
     def find_classes(self, directory):
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")

@@ -20,6 +20,9 @@ TASK_OF_FAMILY = {"swin": "classification", "volo": "classification", "upernet":
                   "mask": "detection", "cascade": "detection"}
 
 
+RECORDS = ("hf", "wds")  # what --data begins with, before a colon, where it is no folder
+
+
 def key(group, default, help, only=()):
     """A field of Config. help: its line in --help. only: the tasks or families of models that it concerns."""
     default = dict(default_factory=default) if callable(default) else dict(default=default)
@@ -40,7 +43,7 @@ class Config:
     weights: str | None = key("model", None, "start from these, for fine-tuning; null: fresh ones")
     fresh_head: bool = key("model", False, "of weights, leave out the classifier: other classes")
 
-    data: str | None = key("data", None, "folder of the images; null: rendered scenes")
+    data: str | None = key("data", None, "folder of the images, hf:DATASET or wds:SHARDS; null: scenes")
     limit: int | None = key("data", None, "so many training images, of all classes alike")
     val_limit: int | None = key("data", None, "so many validation images, of all classes alike")
     exif: str = key("data", "apply", "where it is unclear whether annotations follow EXIF orientation: apply or ignore",
@@ -316,6 +319,8 @@ def check(config):
     expect(0 < config.crop_pct <= 2, "crop_pct", "above 0, up to 2")
     expect(not config.mix_token or not (config.mixup or config.cutmix), "mix_token",
            "0 beside mixup or cutmix: an image is mixed once")
+    expect(str(config.data).partition(":")[0] not in RECORDS or task_of(config.model) == "classification", "data",
+           f"a folder, for {task_of(config.model)}")
     expect(not config.token_labels or config.data, "token_labels", "null without --data: they belong to photographs")
     expect(config.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
     expect(0 < config.resize[0] <= config.resize[1], "resize", "two rising ratios, as 0.5,2")
