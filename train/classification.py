@@ -32,8 +32,6 @@ def datasets(config):
         raise ValueError(f"the classes of {train.root} and {val.root} differ; expected the same folders in both. "
                          f"Missing in {val.root}: {missing[:5]}, missing in {train.root}: {extra[:5]}")
     train_images = balanced(train, config.limit)
-    if config.token_labels and not isinstance(train, PhotographFolder):
-        raise ValueError("token_labels are called as photographs in folders; expected --data DIR beside them")
     labels = TokenLabels(config.token_labels, train, train_images) if config.token_labels else None
     training = AugmentedPhotographs(train_images, TrainingTransform(config), config.seed, labels)
     training.notes = train.notes

@@ -319,8 +319,9 @@ def check(config):
     expect(0 < config.crop_pct <= 2, "crop_pct", "above 0, up to 2")
     expect(not config.mix_token or not (config.mixup or config.cutmix), "mix_token",
            "0 beside mixup or cutmix: an image is mixed once")
-    expect(str(config.data).partition(":")[0] not in RECORDS or task_of(config.model) == "classification", "data",
-           f"a folder, for {task_of(config.model)}")
+    records = str(config.data).partition(":")[0] in RECORDS
+    expect(not records or task_of(config.model) == "classification", "data", f"a folder, for {task_of(config.model)}")
+    expect(not config.token_labels or not records, "token_labels", "null: they go with the photographs of a folder")
     expect(not config.token_labels or config.data, "token_labels", "null without --data: they belong to photographs")
     expect(config.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
     expect(0 < config.resize[0] <= config.resize[1], "resize", "two rising ratios, as 0.5,2")

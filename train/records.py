@@ -20,8 +20,8 @@ class Records(Dataset):
             raise ValueError(f"{root} holds no photographs with labels")
         for index, label in enumerate(targets):
             if not 0 <= label < len(classes):
-                raise ValueError(f"{self.name(index)} has the label {label}; expected 0 to {len(classes) - 1}, as there "
-                                 f"are {len(classes)} classes")
+                raise ValueError(f"{self.name(index)} has the label {label}; expected 0 to {len(classes) - 1} of "
+                                 f"{len(classes)} classes")
 
     def __len__(self):
         return len(self.targets)
