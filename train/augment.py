@@ -32,7 +32,7 @@ class TrainingTransform:
     def __init__(self, config):
         self.size, self.scale, self.flip = config.img_size, config.scale, config.flip
         self.interpolation, self.exchanged = config.interpolation, config.published_label_crop
-        self.steps = [self.random_crop, self.random_flip]
+        self.steps, self.finish = [self.random_crop, self.random_flip], to_bytes
         if config.randaugment:
             self.steps.append(RandAugment(config.randaugment, config.randaugment_std, config.interpolation))
         if config.token_labels and config.crop_last:
@@ -43,7 +43,7 @@ class TrainingTransform:
         for step in self.steps:
             image, transform = step(image)
             matrix = matrix @ transform
-        return to_bytes(image), matrix
+        return self.finish(image), matrix
 
     def random_crop(self, image):
         W, H = image.size
