@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from eval import bench_report, providers
+from eval import bench_input, bench_report, providers
 from eval.providers import CHECKED, CHECKED_IMAGES, COMPILED, DTYPES, LEVELS, MODELS, cases, default_batch_size
 from kernels import backend, tuning
 from train.command_line import Parser
@@ -34,6 +34,8 @@ def main(argv):
         return compile.main(args.arch, args.dtype or "bfloat16")
     if args.tune:
         return tune(device, dtype)
+    if args.level == ["input"]:
+        return bench_input.main(args, device, environment(device))
     bench_report.check_out(args.out)
     report = {
         **environment(device),
@@ -63,7 +65,11 @@ def argument_parser():
     description = "Time ELSA as operator, layer and model; write JSON, and beside it Markdown and PNG."
     parser = Parser(prog="run.py bench", description=description)
     add = parser.add_argument
-    add("--level", nargs="+", choices=list(LEVELS), default=None, help="default: all, on a CPU operator and layer")
+    add("--level", nargs="+", choices=[*LEVELS, "input"], default=None,
+        help="default: operator, layer and model, on a CPU the first two; input: what loads and augments photographs")
+    add("--data", default=None, help="of --level input: as for `run.py train`")
+    add("--images-per-s", nargs="+", type=float, default=[1000, 2000, 4000], metavar="N",
+        help="of --level input: what a GPU takes, for which the cores are counted")
     add("--shapes", nargs="+", choices=shapes, default=None, metavar="SHAPE",
         help=f"{', '.join(shapes)}; without a stage: all stages, and the model; "
              "default: all, on a CPU swin_t and volo_d1")
@@ -101,6 +107,10 @@ def parse(argv):
     if gpu:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32: naive is what others are checked against
+    if "input" in (args.level or ()):
+        if len(args.level) > 1:
+            raise ValueError(f"--level: got {' '.join(args.level)}; input is measured by itself")
+        return args, device, None, []
     levels = args.level or (list(LEVELS) if gpu else ["operator", "layer"])
     shapes = args.shapes or (list(providers.SHAPES) if gpu else ["swin_t", "volo_d1"])
     benchmarks = [(level, *case) for level in levels for case in cases(level, shapes)]

@@ -18,7 +18,7 @@ from models.info import info
 from train.command_line import Parser
 from train.config import KEYS, family_of, model_overrides, recipe_path, resolve, to_dict
 from train.run_folder import read_log, replace_atomically
-from train.runs import refuse_inputs
+from train.runs import name_of_data, refuse_inputs
 
 ENTRY_POINT = Path(__file__).parents[1] / "run.py"
 
@@ -52,8 +52,7 @@ def main(argv):
         shared = recipe_path(options["model"], options["data"], attn="elsa")
         recipe = str(shared) if shared.exists() else None
     config, _ = resolve(options, recipe)
-    data = Path(config.data).resolve().name if config.data else "scenes"
-    folder = Path(out or f"runs/compare-{config.model}-{data}")
+    folder = Path(out or f"runs/compare-{config.model}-{name_of_data(config.data)}")
     refuse_inputs("--out", folder, config.data)
     return Comparison(config, attns, seeds, folder, options, recipe, "run.py compare " + shlex.join(argv)).run()
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from eval import evaluating
 from train import classification, data
-from train.device import autocast
+from train.device import autocast, to_device
 from train.distributed import max_over_ranks, sum_over_ranks
 
 METRICS = {"top1": "top-1", "top5": "top-5"}  # per cent; by the first, the best epoch is chosen
@@ -50,7 +50,7 @@ def evaluate(model, loader, device, amp="none", dump=None):
     start = time.perf_counter()
     with evaluating(model):
         for images, labels in loader:
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            images, labels = to_device((images, labels), device)
             with autocast(device, amp):
                 logits = model(images)
             logits = logits.float()  # (B, classes)

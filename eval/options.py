@@ -52,7 +52,8 @@ def settle(options, weights, photographs=False):
             raise ValueError(f"{weights} is no checkpoint of this project, which would say what it was trained on; "
                              "name the photographs with --data. Rendered scenes are for models trained on them")
         options["data"] = saved.get("data") and os.fsdecode(os.fsencode(configuration.cast("data", saved["data"])))
-        if options["data"] is not None and not Path(options["data"]).is_dir():
+        records = str(options["data"]).partition(":")[0] in configuration.RECORDS  # says itself what is missing
+        if options["data"] is not None and not records and not Path(options["data"]).is_dir():
             raise FileNotFoundError(f"{weights} was trained on {options['data']}, which is not here; "
                                     "name its folder with --data")
     if not saved:  # the scenes have a size of their own, and so have the photographs of each model's recipe

@@ -18,7 +18,7 @@ from models import list_models
 from train import detection, segmentation
 from train.augment import validation_transform
 from train.config import task_of
-from train.device import autocast
+from train.device import autocast, to_device
 from train.distributed import join_ranks
 from train.photographs import load_image, suffixes, visible_files
 from train.run_folder import replace_atomically
@@ -147,9 +147,9 @@ def predicted(path):
 @torch.no_grad()
 def classify(model, image, classes, config, device):
     """(image with the five likeliest classes written on it, {"top5": [{"class", "probability"}]})."""
-    pixels = validation_transform(config.img_size, config.crop_pct)(image)
+    images, = to_device([validation_transform(config.img_size, config.crop_pct)(image)[None]], device)
     with autocast(device, config.amp):
-        logits = model(pixels[None].to(device))
+        logits = model(images)
     best = logits[0].float().softmax(0).topk(min(5, len(classes)))
     found = [{"class": classes[i], "probability": round(p, 4)}
              for p, i in zip(best.values.tolist(), best.indices.tolist())]

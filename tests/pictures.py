@@ -37,8 +37,8 @@ def samples(picture, n, seed, model="swin_t", **changes):
     images = [(Image.fromarray(picture), 0)] * n
     training = classification.AugmentedPhotographs(images, transform, seed, token_labels=[None] * n)
     for index in range(n):
-        image, _, _, matrix = training[0, index]
-        yield as_bytes(image), matrix.double().numpy()
+        pixels, _, _, matrix = training[0, index]
+        yield pixels.numpy(), matrix.double().numpy()
 
 
 def as_bytes(image):

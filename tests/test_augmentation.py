@@ -15,6 +15,7 @@ from PIL import Image
 from pictures import A, B, C, X, Y, as_bytes, recipe, samples
 from train import augment, classification, detection, segmentation
 from train.config import Config
+from train.device import to_device
 from train.photographs import MEAN, STD
 from training import ROOT
 
@@ -148,7 +149,8 @@ def erasing_as_trained(n, seed):
     for step in range(n):
         images = torch.stack([training[step, index][0] for index in range(16)])
         rng = np.random.default_rng((seed, 0, step, 0))
-        classification.loss(model, (images, torch.zeros(16, dtype=torch.long)), config, rng)
+        batch = to_device((images, torch.zeros(16, dtype=torch.long)), torch.device("cpu"))
+        classification.loss(model, batch, config, rng)
         x = seen.pop() - colour[:, None, None]
         noise = (x.abs() > 1e-4).any(1)
         of_batch.append(dict(erase_mixed_images=noise.flatten(1).any(1).float().mean(),

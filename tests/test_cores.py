@@ -44,7 +44,7 @@ def test_the_affinity_counts():
 
 def test_workers_are_the_cores_split_among_the_ranks_of_the_machine(monkeypatch):
     photographs = SimpleNamespace(workers=None, data="photos")
-    for available, ranks, expected in ((16, 1, 8), (6, 1, 6), (16, 4, 4), (2, 4, 0)):
+    for available, ranks, expected in ((200, 1, 200), (6, 1, 6), (16, 4, 4), (2, 4, 0)):
         monkeypatch.setattr(cores, "available", lambda: available)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert data.num_workers(photographs) == expected

@@ -17,6 +17,8 @@ LATE = {  # what may be imported inside a function, and why
     "faster_coco_eval": "only detection needs it",
     "resource": "not on Windows",
     "torchvision": "only detection needs it of the models",
+    "datasets": "optional: only --data hf:... needs it",
+    "timm": "optional: the bench of the input measures it where it is there",
 }
 
 

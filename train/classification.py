@@ -10,8 +10,11 @@ from torchvision.datasets import ImageFolder
 from models.precision import widened
 from train import data, scenes
 from train.augment import TrainingTransform, erase, mix, validation_transform
+from train.config import RECORDS
 from train.device import autocast
+from train.hub_data import HubImages
 from train.photographs import left_out, load_image, suffixes, to_tensor
+from train.shards import Shards
 from train.tokens import TokenLabels, dense_targets, draw_swap
 
 
@@ -22,7 +25,7 @@ def datasets(config):
     """
     if config.data is None:
         return Scenes.of(config), Scenes.of(config, validation=True), Scenes.classes
-    train = image_folder(_split(config.data, "train"))
+    train = source(config, training=True)
     val = validation_folder(config)
     if train.classes != val.classes:
         missing, extra = sorted(set(train.classes) - set(val.classes)), sorted(set(val.classes) - set(train.classes))
@@ -36,8 +39,16 @@ def datasets(config):
 
 
 def validation_folder(config):
-    """ImageFolder of DIR/val or DIR/test, ready to be evaluated."""
-    return image_folder(_split(config.data, "val", "test"), validation_transform(config.img_size, config.crop_pct))
+    """The photographs of --data for validation, ready to be evaluated."""
+    return source(config, False, validation_transform(config.img_size, config.crop_pct))
+
+
+def source(config, training, transform=None):
+    """The photographs of --data for training or for validation: a PhotographFolder or records.Records."""
+    kind, _, place = config.data.partition(":")
+    if kind in RECORDS:
+        return {"hf": HubImages, "wds": Shards}[kind](place, training, transform)
+    return image_folder(_split(config.data, *["train"] if training else ["val", "test"]), transform)
 
 
 def loss(model, batch, config, rng):
@@ -108,8 +119,8 @@ class Scenes(data.Scenes):
 class AugmentedPhotographs(Dataset):
     """Photographs for training; keys (epoch, index): their augmentation depends on these and the seed, on nothing else.
 
-    Samples are (image, label), or with `token_labels`, a tokens.TokenLabels, (image, label, label map, matrix): see
-    augment.TrainingTransform for the matrix.
+    Samples are (image (img_size, img_size, 3) uint8, label), or with `token_labels`, a tokens.TokenLabels, (image,
+    label, label map, matrix): see augment.TrainingTransform for the matrix, device.to_device for the bytes.
     """
 
     def __init__(self, images, transform, seed, token_labels=None):
@@ -119,11 +130,11 @@ class AugmentedPhotographs(Dataset):
         return len(self.images)
 
     def name(self, index):
-        """The file of an image, for errors."""
+        """The file or record of an image, for errors."""
         images = self.images
         if isinstance(images, Subset):
             images, index = images.dataset, images.indices[index]
-        return images.samples[index][0]
+        return images.name(index)
 
     def __getitem__(self, key):
         epoch, index = key
@@ -153,6 +164,10 @@ class PhotographFolder(ImageFolder):
         self.notes = left_out(others)
         # As UTF-8, whatever the locale takes them for: a checkpoint is known by them everywhere.
         self.classes = [os.fsencode(name).decode("utf-8", "surrogateescape") for name in self.classes]
+
+    def name(self, index):
+        """The file of a photograph."""
+        return self.samples[index][0]
 
     def find_classes(self, directory):
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")

@@ -20,6 +20,9 @@ TASK_OF_FAMILY = {"swin": "classification", "volo": "classification", "upernet":
                   "mask": "detection", "cascade": "detection"}
 
 
+RECORDS = ("hf", "wds")  # what --data begins with, before a colon, where it is no folder
+
+
 def key(group, default, help, only=()):
     """A field of Config. help: its line in --help. only: the tasks or families of models that it concerns."""
     default = dict(default_factory=default) if callable(default) else dict(default=default)
@@ -40,7 +43,7 @@ class Config:
     weights: str | None = key("model", None, "start from these, for fine-tuning; null: fresh ones")
     fresh_head: bool = key("model", False, "of weights, leave out the classifier: other classes")
 
-    data: str | None = key("data", None, "folder of the images; null: rendered scenes")
+    data: str | None = key("data", None, "folder of the images, hf:DATASET or wds:SHARDS; null: scenes")
     limit: int | None = key("data", None, "so many training images, of all classes alike")
     val_limit: int | None = key("data", None, "so many validation images, of all classes alike")
     exif: str = key("data", "apply", "where it is unclear whether annotations follow EXIF orientation: apply or ignore",
@@ -103,7 +106,8 @@ class Config:
     amp: str = key("machine", "auto", "bf16, fp16 or none; auto: bf16 on cuda, none on cpu")
     compile: bool = key("machine", False, "compile the model with torch.compile")
     checkpointing: bool = key("machine", False, "recompute blocks in backward: less memory, more time")
-    workers: int | None = key("machine", None, "processes per rank that read images; null: up to 8")
+    workers: int | None = key("machine", None, "processes per rank that read images; null: its share of the cores")
+    prefetch: int = key("machine", 2, "batches that each of these keeps ready")
     grad_exchange: str = key("machine", "fp32", "precision of the gradients that ranks exchange: fp32 or bf16")
     profile: int = key("machine", 0, "steps to record with torch.profiler, in trace.json; 0: none")
     save_minutes: float = key("machine", 15.0, "between two checkpoints; one more ends each epoch")
@@ -116,7 +120,7 @@ NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple:
          dict: "a YAML mapping, as '{embed_dim: 64}'", str: "a text"}
 # A resumed run may differ in these alone: they change neither the weights nor the images.
 FREE = ("data", "weights", "out", "val_limit", "bad_images", "device", "compile", "checkpointing", "workers",
-        "profile", "save_minutes", "timeout_minutes")
+        "profile", "prefetch", "save_minutes", "timeout_minutes")
 
 
 def family_of(model):
@@ -302,7 +306,7 @@ def check(config):
             expect(all(map(math.isfinite, value if isinstance(value, tuple) else (value,))), name, "finite numbers")
     expect(0 <= config.seed < 2 ** 63, "seed", "0 to 2**63 - 1")
     for name in ("img_size", "num_classes", "patch_size", "window_size", "epochs", "batch_size", "accumulate", "limit",
-                 "val_limit", "max_steps"):
+                 "val_limit", "max_steps", "prefetch"):
         expect(getattr(config, name) is None or getattr(config, name) > 0, name, "1 or more")
     for name in ("lr", "warmup_lr", "min_lr", "warmup_epochs", "cooldown_epochs", "weight_decay", "clip_grad",
                  "mixup", "cutmix", "mix_token", "dense_weight", "auxiliary_weight", "randaugment_std", "save_minutes",
@@ -318,6 +322,9 @@ def check(config):
     expect(0 < config.crop_pct <= 2, "crop_pct", "above 0, up to 2")
     expect(not config.mix_token or not (config.mixup or config.cutmix), "mix_token",
            "0 beside mixup or cutmix: an image is mixed once")
+    records = str(config.data).partition(":")[0] in RECORDS
+    expect(not records or task_of(config.model) == "classification", "data", f"a folder, for {task_of(config.model)}")
+    expect(not config.token_labels or not records, "token_labels", "null: they go with the photographs of a folder")
     expect(not config.token_labels or config.data, "token_labels", "null without --data: they belong to photographs")
     expect(config.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
     expect(0 < config.resize[0] <= config.resize[1], "resize", "two rising ratios, as 0.5,2")

@@ -122,7 +122,7 @@ def training_loader(dataset, config, rank, world):
     # to the first batch instead of one, and 390 MB a worker instead of 140.
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=getattr(dataset, "collate", None), num_workers=workers,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
-                      worker_init_fn=outlive_signals)
+                      prefetch_factor=config.prefetch if workers else None, worker_init_fn=outlive_signals)
 
 
 def validation_loader(dataset, batch_size, rank, world, workers, by_shape=False):
@@ -137,7 +137,8 @@ def validation_loader(dataset, batch_size, rank, world, workers, by_shape=False)
         own = np.argsort(groups, kind="stable")[own]
         batches = dict(batch_sampler=runs(groups[own], batch_size), collate_fn=list)
     return DataLoader(Subset(dataset, own.tolist()), **batches, num_workers=workers,
-                      pin_memory=torch.cuda.is_available() and not by_shape, worker_init_fn=outlive_signals)
+                      pin_memory=torch.cuda.is_available() and not by_shape, persistent_workers=workers > 0,
+                      worker_init_fn=outlive_signals)
 
 
 def runs(groups, size):
@@ -150,7 +151,7 @@ def runs(groups, size):
 
 def num_workers(config):
     """As configured; else none for scenes, which draw in a millisecond or two, and for photographs the cores that
-    may be used, split among the machine's ranks, at most 8."""
+    may be used, split among the machine's ranks."""
     if config.workers is not None:
         return config.workers
-    return 0 if config.data is None else min(8, cores.available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return 0 if config.data is None else cores.available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,8 +1,11 @@
 """Precision, transfer and memory of the device that a process computes on."""
 import contextlib
+import functools
 import sys
 
 import torch
+
+from train.photographs import MEAN, STD
 
 
 def precision(device, amp):
@@ -31,10 +34,27 @@ def memory_format(device):
 def to_device(batch, device):
     """A batch, of tensors in lists, tuples and dicts, on `device`; its images, the first, in memory_format(device).
 
-    Tuples become lists, and what is no tensor stays as it is.
+    Images that come as bytes, (B, H, W, 3) uint8, are normalised there: (B, 3, H, W) float32. Tuples become lists, and
+    what is no tensor stays as it is.
     """
     images, *rest = _moved(batch, device)
+    if images.dtype == torch.uint8:
+        return [normalised(images), *rest]
     return [images.to(memory_format=memory_format(device)), *rest]
+
+
+def normalised(images):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, in the memory_format of its device. The bits are those of
+    torchvision's ToDtype and Normalize."""
+    mean, std = _constants(images.device)
+    images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format(images.device))
+    return images.mul_(1 / 255).sub_(mean).div_(std)
+
+
+@functools.cache
+def _constants(device):
+    """Kept, for a copy to the device would be waited for."""
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD)]
 
 
 def _moved(value, device):

@@ -44,7 +44,7 @@ def join_ranks(device="auto", timeout_minutes=10.0):
 def agree(config, training, validation, classes):
     """Ends the job when ranks differ in their configuration or data; they may have them at different places."""
     if watch.current:
-        places = ("data", "weights", "token_labels", "out", "workers")
+        places = ("data", "weights", "token_labels", "out", "workers", "prefetch")
         facts = {f"class {number}": str(name) for number, name in enumerate(classes)}
         facts |= inventory(config.data) if config.data else {}
         facts |= {"the number of training images": len(training), "of validation images": len(validation)}

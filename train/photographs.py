@@ -1,5 +1,7 @@
 """Photographs and their pixels: reading, turning, resizing, normalising. What all tasks share."""
+import contextlib
 import functools
+import io
 import math
 import os
 import time
@@ -37,6 +39,13 @@ def load_image(path):
     another OSError, or ValueError: each names the file.
     """
     return _shown(path)[0]
+
+
+def decode_image(content, name):
+    """As load_image, of the bytes of a file. name: for errors."""
+    with _named(name):
+        image, orientation = _decode_file(io.BytesIO(content), name)
+    return _upright(image, orientation, name)
 
 
 def load_matching(path, height, width, exif, source):
@@ -123,15 +132,27 @@ def _orientation(image):
 def _shown(path):
     """(photograph as RGB PIL image, as a viewer shows it; its EXIF orientation, 1 to 8)."""
     image, orientation = read(path)
+    return _upright(image, orientation, path), orientation
+
+
+def _upright(image, orientation, name):
+    """What a viewer shows of a PIL image, RGB."""
     is_tiff = image.format == "TIFF"  # Pillow has turned it
-    image = _rgb(image, path)
-    return image if is_tiff or orientation == 1 else image.transpose(TURNS[orientation]), orientation
+    image = _rgb(image, name)
+    return image if is_tiff or orientation == 1 else image.transpose(TURNS[orientation])
 
 
 def read(path):
     """(PIL image as it is stored, its EXIF orientation, 1 to 8). Tries and raises as load_image says."""
-    try:
+    with _named(path):
         return trying(lambda: _decode(path))
+
+
+@contextlib.contextmanager
+def _named(path):
+    """What goes wrong in this block names the file, see load_image."""
+    try:
+        yield
     except _Refused:
         raise
     except FileNotFoundError:
@@ -174,14 +195,19 @@ class _Refused(ValueError):
 
 def _decode(path):
     with open(path, "rb") as file:
-        image = Image.open(file)
-        if image.width * image.height > MAX_PIXELS:
-            raise _Refused(TOO_LARGE.format(path))
-        if image.format in NO_PIXELS:
-            raise _Refused(f"{path} is of the kind {image.format}, which Pillow alone does not decode; expected pixels")
-        orientation = _orientation(image) if image.format == "TIFF" else None  # decoding forgets it
-        image.load()
-        return image, orientation or _orientation(image)
+        return _decode_file(file, path)
+
+
+def _decode_file(file, name):
+    """(PIL image as it is stored, its EXIF orientation) of an open file."""
+    image = Image.open(file)
+    if image.width * image.height > MAX_PIXELS:
+        raise _Refused(TOO_LARGE.format(name))
+    if image.format in NO_PIXELS:
+        raise _Refused(f"{name} is of the kind {image.format}, which Pillow alone does not decode; expected pixels")
+    orientation = _orientation(image) if image.format == "TIFF" else None  # decoding forgets it
+    image.load()
+    return image, orientation or _orientation(image)
 
 
 def _rgb(image, path):
@@ -198,7 +224,7 @@ def _rgb(image, path):
                          "it as RGB or greyscale with 8 or 16 bits a channel")
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # of the straight way Pillow warns
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def fit_size(H, W, short, long):

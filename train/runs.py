@@ -6,15 +6,24 @@ import os
 import re
 from pathlib import Path
 
-from train.config import FREE, KEYS, Config, cast, check, read_recipe, to_dict
+from train.config import FREE, KEYS, RECORDS, Config, cast, check, read_recipe, to_dict
 
 RUNS = Path("runs")
 
 
 def name_of(config):
     """MODEL-ATTN-DATA."""
-    data = Path(config.data).resolve().name if config.data else "scenes"
-    return "-".join(filter(None, [config.model, config.attn, data]))
+    return "-".join(filter(None, [config.model, config.attn, name_of_data(config.data)]))
+
+
+def name_of_data(data):
+    """Of --data, for the name of a folder."""
+    if data is None:
+        return "scenes"
+    kind, _, place = data.partition(":")
+    if kind in RECORDS:  # hf:owner/name, wds:/data/x-train-{0000..0003}.tar::...
+        return re.sub(r"[^\w.]+", "-", Path(place.partition("::")[0]).name.removesuffix(".tar")).strip("-")
+    return Path(data).resolve().name
 
 
 def make(config, may_exist=False):
