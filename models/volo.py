@@ -121,8 +121,8 @@ class VOLO(nn.Module):
 
     Shapes: images (B, in_chans, H, W); sides that are no multiple of 2 * patch_size are zero-padded right and bottom.
     Evaluating: logits (B, num_classes), those of the class token plus half the largest of the pixels'. Training: (class
-    token's logits (B, num_classes), pixels' logits (B, h, w, num_classes)), with (h, w) = token_grid(H, W). num_features:
-    channels before the classifiers.
+    token's logits (B, num_classes), pixels' logits (B, h, w, num_classes)), with (h, w) = token_grid(H, W).
+    num_features: channels before the classifiers.
     Raises ValueError for arguments that do not fit together and for images of another shape.
     Source of all defaults: arXiv 2106.13112, table 2, and the published models.
     """

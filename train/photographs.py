@@ -11,7 +11,8 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; what published weights expect
+from models import MEAN, STD
+
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; Pillow's own limit
 TOO_LARGE = f"{{}} has more than {MAX_PIXELS / 1e6:.0f} megapixels and is not decoded; make it smaller"
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")  # Pillow's, converted
@@ -37,6 +38,13 @@ def load_image(path):
     another OSError, or ValueError: each names the file.
     """
     return _shown(path)[0]
+
+
+def shown(image, name="the image"):
+    """An opened PIL image as load_image gives a file; name: what to call it in errors."""
+    orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns a TIFF itself
+    image = _rgb(image, name)
+    return image if orientation == 1 else image.transpose(TURNS[orientation])
 
 
 def load_matching(path, height, width, exif, source):
