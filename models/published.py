@@ -42,9 +42,10 @@ def choose(source, name, attn, img_size, window_size):
     fitting = [entry for entry in entries if entry["file"] == word] or \
         [entry for entry in entries if (entry["model"], entry["attn"]) == (word or name, attn)]
     if not fitting:
-        there = dict.fromkeys(f"{entry['model']} with {entry['attn']}" for entry in entries)
-        raise ValueError(f"no weights are published for {word or name} with attn {attn}; there is: {', '.join(there)}. "
-                         "`run.py info --published` prints the files")
+        others = {entry["attn"] for entry in entries if entry["model"] == (word or name)}
+        raise ValueError(f"no weights are published for {word or name} with attn {attn}"
+                         + "".join(f", but with attn {other}" for other in sorted(others))
+                         + "; `run.py info --published` prints what there is")
     for entry in fitting:
         if (entry["options"].get("img_size", 224), entry["options"].get("window_size")) == (img_size, window_size):
             return entry
