@@ -181,8 +181,14 @@ for _name, _ours in SWIN.items():
 for _name, _ours in VOLO.items():
     _register(_name, _ours, ELSAVOLO)
 
-if __name__ == "__main__":
+
+def run_script():
+    """Runs the script that the command line names, with the arguments after it."""
     if len(sys.argv) < 2:
         sys.exit("usage: python -m models.timm_models SCRIPT [ARGUMENT ...]")
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    run_script()
