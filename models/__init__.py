@@ -111,18 +111,19 @@ def load_model(path):
     checkpoint = read(path)
     config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
     classes = checkpoint.get("classes") if isinstance(config, dict) else None
-    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes) and NEEDED <= config.keys()):
+    ours = isinstance(classes, list) and all(isinstance(name, str) for name in classes) and NEEDED <= config.keys()
+    if not ours or not isinstance(config["num_classes"], int):
         raise ValueError(f"{path} is no checkpoint of this project, which would say what model it is of; published and "
                          f"other weights go into create_model(NAME, attn=ATTENTION, pretrained={str(path)!r})")
     overrides = {name: config[name] for name in ("patch_size", "window_size") if config.get(name) is not None}
     try:
-        names = [*classes, *map(str, range(len(classes), config["num_classes"]))]  # a model may have more than it names
         model = create_model(config["model"], attn=config["attn"], num_classes=config["num_classes"],
                              img_size=config["img_size"], **{**overrides, **config["model_args"]})
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path} is damaged, or of a newer version: its configuration makes no model ({error})"
                          ) from error
     load_checkpoint(model, checkpoint, path)
+    names = [*classes, *map(str, range(len(classes), config["num_classes"]))]  # a model may have more than it names
     meta = Meta(config["model"], config["attn"], model.task, names, config["img_size"], config["crop_pct"])
     return model.eval(), meta
 
