@@ -90,8 +90,8 @@ def fetch(source, created, check):
                 raise ConnectionError(f"what {address} gave is not the published file: {error}. Nothing was kept; try "
                                       f"again, or {by_hand}") from error
             except ValueError as error:
-                raise ConnectionError(f"what {address} gave is no checkpoint, or not all of one. Nothing was kept; try "
-                                      f"again, or {by_hand}") from error
+                reason = str(error).replace(str(whole), address)
+                raise ConnectionError(f"{reason} Nothing was kept; {by_hand}") from error
             except (OSError, http.client.HTTPException) as error:
                 raise ConnectionError(f"{address} could not be fetched ({' '.join(str(error).split())}); "
                                       f"{by_hand}") from error

@@ -114,9 +114,9 @@ def address_of(tmp_path, content):
     (lambda entry, path: entry.update(sha256="0" * 64), "is not the published file: invalid hash value"),
     (lambda entry, path: entry.update(address=(path / "gone.pth").as_uri()), "could not be fetched"),
     (lambda entry, path: entry.update(address="http://127.0.0.1:9/a.pth"), "could not be fetched"),
-    (lambda entry, path: entry.update(address=address_of(path, b"<html>Sign in</html>")), "gave is no checkpoint"),
+    (lambda entry, path: entry.update(address=address_of(path, b"<html>Sign in</html>")), "other.pth cannot be read: it is damaged"),
     (lambda entry, path: entry.update(address=address_of(path, (path / "authors.pth").read_bytes()[:-500])),
-     "gave is no checkpoint, or not all of one"),
+     "other.pth cannot be read: it is damaged"),
 ])
 def test_what_did_not_come_whole_is_not_kept(shelf, tmp_path, change, said, capsys):
     entry, _, cache = shelf
