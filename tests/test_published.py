@@ -114,7 +114,8 @@ def address_of(tmp_path, content):
     (lambda entry, path: entry.update(sha256="0" * 64), "is not the published file: invalid hash value"),
     (lambda entry, path: entry.update(address=(path / "gone.pth").as_uri()), "could not be fetched"),
     (lambda entry, path: entry.update(address="http://127.0.0.1:9/a.pth"), "could not be fetched"),
-    (lambda entry, path: entry.update(address=address_of(path, b"<html>Sign in</html>")), "other.pth cannot be read: it is damaged"),
+    (lambda entry, path: entry.update(address=address_of(path, b"<html>Sign in</html>")),
+     "other.pth cannot be read: it is damaged"),
     (lambda entry, path: entry.update(address=address_of(path, (path / "authors.pth").read_bytes()[:-500])),
      "other.pth cannot be read: it is damaged"),
 ])

@@ -40,13 +40,6 @@ def load_image(path):
     return _shown(path)[0]
 
 
-def shown(image, name="the image"):
-    """An opened PIL image as load_image gives a file; name: what to call it in errors."""
-    orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns a TIFF itself
-    image = _rgb(image, name)
-    return image if orientation == 1 else image.transpose(TURNS[orientation])
-
-
 def load_matching(path, height, width, exif, source):
     """A photograph as (height, width, 3) uint8, the size of its annotations, which `source` holds.
 
@@ -90,6 +83,13 @@ def left_out(files):
     """A note on files among photographs that are none, or none at all: a list."""
     kinds = ", ".join(sorted({Path(file).suffix or Path(file).name for file in files})[:5])
     return [f"left out: {len(files)} files that Pillow does not read ({kinds})"] if files else []
+
+
+def shown(image, name="the image"):
+    """An opened PIL image as load_image gives a file; name: what to call it in errors."""
+    orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns a TIFF itself
+    image = _rgb(image, name)
+    return image if orientation == 1 else image.transpose(TURNS[orientation])
 
 
 def exif_notes(paths, exif):
