@@ -1,4 +1,5 @@
 """`run.py info`: a model's parameters, multiply-adds and memory, or its recipe beside the published one, printed."""
+from models import published as published_weights
 from models.info import info, stages, table
 from train.command_line import Parser, shown
 from train.config import Config, cast, model_overrides, published, read_recipe, recipe_path, resolve, to_dict
@@ -10,9 +11,14 @@ def main(argv):
     parser.add_argument("--layers", action="store_true", help="every layer, not only the stages")
     parser.add_argument("--recipe", nargs="?", const=True, metavar="NAME",
                         help="its recipe, or another one, beside the published values and their source instead")
+    parser.add_argument("--published", action="store_true",
+                        help="the weights that authors published for the models instead, and where they lie")
     parser.add_keys(["attn", "img_size", "num_classes", "patch_size", "window_size", "model_args"])
     given = vars(parser.parse(argv))
     layers, named = given.pop("layers"), given.pop("recipe")
+    if given.pop("published"):
+        print(published_weights.table())
+        return
     own = None if named is True else named
     recipe = recipe_path(given["model"], data=True, recipe=own, attn=given.get("attn"))
     config, _ = resolve(given, recipe if recipe.exists() or named else None)

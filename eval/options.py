@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from models import create_model, load_weights
+from models import create_model, load_weights, published
 from train import config as configuration
 from train.command_line import Parser
 
@@ -25,7 +25,8 @@ def make_parser(prog, description, images=False):
     else:
         parser.add_argument("model", nargs="?", default=None, help=of_model)
     parser.add_argument("--weights",
-                        help="checkpoint of this project or published weights; default: none, an untrained model")
+                        help="checkpoint of this project or of others, or `published`: what the authors published for "
+                             "this model, see `run.py info --published`; default: none, an untrained model")
     parser.add_keys(OPTIONS)
     parser.add_argument("--limit", dest="val_limit", default=argparse.SUPPRESS, metavar="VAL_LIMIT",
                         help="the same as --val-limit")
@@ -81,6 +82,8 @@ def load_model(config, weights):
 def checkpoint_facts(path):
     """(configuration, class names) inside a checkpoint of train.loop; ({}, None) for any other file, which load_weights
     judges. Raises FileNotFoundError where there is none."""
+    if published.is_name(path):
+        return {}, None
     if not Path(path).exists():
         raise FileNotFoundError(f"--weights: no checkpoint at {path}")
     if Path(path).is_dir():
