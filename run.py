@@ -54,6 +54,11 @@ def predict(argv):
     return main(argv)
 
 
+def export(argv):
+    from eval.export import main
+    main(argv)
+
+
 def info(argv):
     from eval.info import main
     main(argv)
@@ -69,7 +74,8 @@ def bench(argv):
     main(argv)
 
 
-COMMANDS = {"train": train, "eval": evaluate, "predict": predict, "info": info, "compare": compare, "bench": bench}
+COMMANDS = {"train": train, "eval": evaluate, "predict": predict, "export": export, "info": info, "compare": compare,
+            "bench": bench}
 MISTAKES = (ValueError, OSError, FloatingPointError, OverflowError)  # what is raised for a user's or the machine's
 
 

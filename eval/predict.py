@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval import ade20k, coco, imagenet
+from eval import ade20k, coco
+from eval.class_names import published_classes, words
 from eval.drawing import colour, draw_label_map, draw_objects, with_legend
 from eval.options import load_model, make_parser, settle
 from eval.tasks import TASKS
@@ -60,14 +61,6 @@ def main(argv):
         print(f"{len(failed)} of {len(images)} photographs could not be read:\n  " + "\n  ".join(failed),
               file=sys.stderr)
     return 1 if failed else 0
-
-
-def published_classes(task, num_classes):
-    """Names of the classes of published weights; numbers where there are others."""
-    names = {"classification": imagenet.WNIDS, "detection": coco.CLASSES}.get(task)
-    names = names.read_text().splitlines() if names else []
-    num_classes = num_classes or len(names) or segmentation.ADE20K_CLASSES
-    return names if len(names) == num_classes else [str(i) for i in range(num_classes)]
 
 
 def parse(argv):

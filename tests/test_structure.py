@@ -10,12 +10,15 @@ ROOT = Path(__file__).parent.parent
 TOP = {"kernels", "models", "train", "eval", "tests", "docs", ".ci", "run.py", "requirements.txt", "README.md",
        "LICENSE", ".gitignore", "pyproject.toml"}
 ORDER = ("tests", "run", "eval", "train", "models", "kernels")  # each may import itself and what comes after it
-OUTSIDE = {"kernels": {"torch", "triton"}, "models": {"torch", "torchvision", "numpy"}}  # beside the standard library
+OUTSIDE = {"kernels": {"torch", "triton"}, "models": {"torch", "torchvision", "numpy", "safetensors"}}  # beside the standard library
 LATE = {  # what may be imported inside a function, and why
     "triton": "has no packages for macOS and Windows, where the CPU path works; so may our modules that import it",
     "matplotlib": "slow, and only plots need it",
     "faster_coco_eval": "only detection needs it",
     "resource": "not on Windows",
+    "safetensors": "optional, as its files are",
+    "onnx": "optional: only `run.py export --format onnx` needs it and onnxruntime",
+    "onnxruntime": "optional",
 }
 
 
