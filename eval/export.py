@@ -49,8 +49,9 @@ def main(argv):
     if kind != "safetensors":
         part += f"any number and size from {2 * stride_of(config)} pixels on" if dynamic else size
         model = Pyramid(model) if task == "detection" else model
+    time = "a few minutes" if dynamic else "up to a minute"
     print(f"export {config.model}, attn {config.attn or 'default'}, {weights or 'UNTRAINED: no --weights were given'}\n"
-          f"  {part}, as {kind}, float32, to {out}; takes {'a few minutes' if dynamic else 'up to a minute'}", flush=True)
+          f"  {part}, as {kind}, float32, to {out}; takes {time} on the CPU", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
         file = Path(folder) / f"model.{kind}"

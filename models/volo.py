@@ -210,6 +210,6 @@ class VOLO(nn.Module):
 
 def interpolate_pos_embed(pos_embed, h, w):
     """(1, h0, w0, C) -> (1, h, w, C), bicubic as published; itself when the grid is the same."""
-    if isinstance(h, int) and isinstance(w, int) and pos_embed.shape[1:3] == (h, w):  # of an exported file they are open
+    if isinstance(h, int) and isinstance(w, int) and pos_embed.shape[1:3] == (h, w):  # they may be open in export
         return pos_embed
     return F.interpolate(pos_embed.permute(0, 3, 1, 2), (h, w), mode="bicubic").permute(0, 2, 3, 1)

@@ -32,15 +32,16 @@ def load_weights(model, source, classifier=True):
 
     Args:
         model: as create_model gives it.
-        source: a file written by torch.save, or by safetensors, in .safetensors, or what such a file contains. Either a state dict or a checkpoint holding
-            one as "model_ema", "ema_state_dict", "state_dict_ema", "ema", "model" or "state_dict": the first of these
-            that holds tensors, so a moving average goes before the weights it averages. (mmengine exchanges the two
-            when it saves; its files are known by their count of steps.) "module.", "_orig_mod." and "model." before
-            all keys are taken off. Known by their keys are our own, the published ELSA-Swin, Microsoft's Swin, timm's
-            Swin, VOLO, sail-sg's or timm's, and the published ELSA and Swin segmenters and detectors, with the names
-            of older and newer mmdetection. A position embedding of another grid and the bias tables of another window
-            are interpolated, bicubic as published; of the latter a line on stderr tells. Segmenters and detectors take
-            a classifier's file, too: for the backbone, their heads stay as they are.
+        source: a file of torch.save or, with that ending, of safetensors; or what such a file contains. Either a state
+            dict or a checkpoint holding one as "model_ema", "ema_state_dict", "state_dict_ema", "ema", "model" or
+            "state_dict": the first of these that holds tensors, so a moving average goes before the weights it
+            averages. (mmengine exchanges the two when it saves; its files are known by their count of steps.)
+            "module.", "_orig_mod." and "model." before all keys are taken off. Known by their keys are our own, the
+            published ELSA-Swin, Microsoft's Swin, timm's Swin, VOLO, sail-sg's or timm's, and the published ELSA and
+            Swin segmenters and detectors, with the names of older and newer mmdetection. A position embedding of
+            another grid and the bias tables of another window are interpolated, bicubic as published; of the latter a
+            line on stderr tells. Segmenters and detectors take a classifier's file, too: for the backbone, their heads
+            stay as they are.
         classifier: False leaves the classifier as it is, for fine-tuning on other classes.
 
     Raises:
@@ -129,8 +130,8 @@ def _read(path):
                 f"{path} was refused: reading it would run code ({code[1]}). A checkpoint may hold only tensors, "
                 "numbers, strings and containers of these. If you trust its origin, load it yourself and save its "
                 "state dict alone.") from error
-        raise ValueError(f"{path} cannot be read: it is damaged, or neither torch.save nor safetensors wrote it. Copy or "
-                         "download it again.") from error
+        raise ValueError(f"{path} cannot be read: it is damaged, or neither torch.save nor safetensors wrote it. "
+                         "Copy or download it again.") from error
 
 
 def check_archive(path):

@@ -10,7 +10,10 @@ ROOT = Path(__file__).parent.parent
 TOP = {"kernels", "models", "train", "eval", "tests", "docs", ".ci", "run.py", "requirements.txt", "README.md",
        "LICENSE", ".gitignore", "pyproject.toml"}
 ORDER = ("tests", "run", "eval", "train", "models", "kernels")  # each may import itself and what comes after it
-OUTSIDE = {"kernels": {"torch", "triton"}, "models": {"torch", "torchvision", "numpy", "safetensors"}}  # beside the standard library
+OUTSIDE = {  # beside the standard library
+    "kernels": {"torch", "triton"},
+    "models": {"torch", "torchvision", "numpy", "safetensors"},
+}
 LATE = {  # what may be imported inside a function, and why
     "triton": "has no packages for macOS and Windows, where the CPU path works; so may our modules that import it",
     "matplotlib": "slow, and only plots need it",
