@@ -64,7 +64,7 @@ def drawer(model, maps):
 
     maps: Asked. Raises ValueError where the model has no such stage or head, or no attention there.
     """
-    layer, block, of_all = attention_layer(model, maps.stage)
+    layer, block = attention_layer(model, maps.stage)
     if not 1 <= maps.head <= layer.num_heads:
         raise ValueError(f"--head {maps.head}: stage {maps.stage} has {layer.num_heads} heads; expected 1 to "
                          f"{layer.num_heads}")
@@ -79,8 +79,8 @@ def drawer(model, maps):
             else elsa_weights(layer, logits, maps.head - 1, *place)
         window = None if isinstance(layer, WindowAttention) or isinstance(model, VOLO) \
             else swin_window(model, block, inputs.shape[:2], place)
-        title = (f"{config.model}, {config.attn or model.attentions[0]} attention: stage {maps.stage}, block {block} of "
-                 f"{of_all}, head {maps.head} of {layer.num_heads}. What the pixel at {at[0]}, {at[1]} attends to")
+        title = (f"What the pixel at {at[0]}, {at[1]} attends to: {config.model}, attn {config.attn or 'default'}, "
+                 f"stage {maps.stage}, block {block} of {block}, head {maps.head} of {layer.num_heads}")
         drawn = picture(images[0], tap, place, found, window, title)
         return drawn, {"attention": {
             "stage": maps.stage, "block": block, "head": maps.head, "at": list(at), "pixel": list(place),
@@ -91,7 +91,7 @@ def drawer(model, maps):
 
 
 def attention_layer(model, stage):
-    """(layer, number of its block from 1, number of blocks) of a stage, the last one; raises ValueError."""
+    """(attention, number of its block from 1) of the last block of a stage; raises ValueError."""
     if isinstance(model, VOLO):
         stages = [model.network[0]]
     else:
@@ -103,7 +103,7 @@ def attention_layer(model, stage):
     if not isinstance(layer, WindowAttention) and not (isinstance(layer, ELSA) and layer.softmax):
         raise ValueError(f"--show attention: {type(layer).__name__} in stage {stage} has no softmax over a "
                          "neighbourhood; expected a model with attn elsa or window")
-    return layer, len(stages[stage - 1]), len(stages[stage - 1])
+    return layer, len(stages[stage - 1])
 
 
 def as_seen(photograph, config, at):
@@ -153,9 +153,12 @@ def watched(model, layer, images):
 
 
 def elsa_weights(layer, logits, head, row, column):
-    """What ELSA makes of one pixel, by name: "rows", "columns" (k,): where its taps lie, some outside the map; "softmax"
-    (k, k); "channels" (c,), of this head those whose filters differ most; "ghost_mul", "ghost_add" (c, k, k) or None;
-    "filters" (c, k, k), softmax * ghost_mul ** lam + gamma * ghost_add."""
+    """What ELSA makes of one pixel, a dict.
+
+    rows, columns: (k,), where its taps lie, some outside the map. softmax: (k, k). channels: of this head those whose
+    filters vary most. ghost_mul, ghost_add: (channels, k, k) or None. filters: (channels, k, k), which is softmax *
+    ghost_mul ** lam + gamma * ghost_add.
+    """
     k, width = layer.kernel_size, layer.dim_v // layer.num_heads
     softmax = logits[head * k * k:(head + 1) * k * k, row, column].softmax(0).reshape(k, k)
     mul, add = (None if ghost is None else ghost.detach().float().cpu() for ghost in layer.ghost_filters())
