@@ -234,17 +234,16 @@ def picture(image, tap, place, found, window, title):
     shown = overlay(weights, pixels, view, tap, found, found["softmax"], "viridis", Normalize(0, None))
     weights.set_title(f"softmax over {found['softmax'].shape[0]} x {found['softmax'].shape[1]} pixels{lost}")
     figure.colorbar(shown, ax=weights, shrink=0.8)
-    for each in (whole, weights):
-        outline(each, neighbourhood(found, tap), ORANGE, "this layer's neighbourhood")
     if channels:
-        beside = axes[0, 2]
-        crop(beside, pixels, view)
-        outline(beside, neighbourhood(found, tap), ORANGE, "this layer's")
-        beside.set_title("where plain Swin would look" if window else "its neighbourhood")
+        crop(axes[0, 2], pixels, view)
+        axes[0, 2].set_title("beside plain Swin's window" if window else "the neighbourhood")
+    own = f"{'ELSA' if channels else 'this window'}, {' x '.join(map(str, found['softmax'].shape))}"
+    for each in axes[0]:
+        outline(each, neighbourhood(found, tap), ORANGE, own)
     if window:
         box = window[1] * tap[1], window[0] * tap[0], window[2] * tap[1], window[2] * tap[0]
         for each in (whole, axes[0, 2]):
-            outline(each, box, CYAN, "plain Swin's window", "--")
+            outline(each, box, CYAN, f"plain Swin, {window[2]} x {window[2]}", "--")
     for each in axes[0]:
         mark(each, place, tap)
     axes[0, -1].legend(loc="lower right", fontsize=8)
@@ -252,6 +251,8 @@ def picture(image, tap, place, found, window, title):
         for row, (name, ghost) in enumerate(ghosts, 1):
             sign = "times" if name == "ghost_mul" else "plus"
             shown = axes[row, column].imshow(ghost[column], "coolwarm", even(ghost))
+            centre = (ghost.shape[1] - 1) // 2
+            mark(axes[row, column], (centre, centre), (1, 1))
             axes[row, column].set_title(f"{sign} the ghost filter of channel {channel}")
             figure.colorbar(shown, ax=axes[row, column], shrink=0.8)
         last = axes[-1, column]
