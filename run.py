@@ -33,7 +33,7 @@ VERSION = "0.1.0"
 
 cores.settle_threads()  # before torch is imported
 
-START = """ELSA, enhanced local self-attention (arXiv 2112.12786): train, evaluate, look at and export models.
+START = """ELSA, enhanced local self-attention (arXiv 2112.12786): train, evaluate, look at, export models.
 
 Try first, without any data: rendered scenes, minutes on a laptop
     python run.py train swin_t --attn elsa
@@ -52,7 +52,7 @@ Models                                                   --attn
                 cascade_mask_rcnn_swin_t, _s, _b         as swin
 
 Commands: train, eval, predict, export (pt2, ONNX, safetensors), info, compare (kinds of attention),
-bench (this machine). `python run.py help` shows examples of each, `python run.py COMMAND --help` the
+bench (this machine). `python run.py help` shows examples, `python run.py COMMAND --help` the
 options, `python run.py train MODEL --help` those of a model with their values."""
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 
 from cases import Case, hypothesis_settings, problems
 from eval import export, options
-from kernels import decomposed, elsa_attention
+from kernels import decomposed
 from models import create_model, load_weights
 from models.attention import WindowAttention
 from run import main
