@@ -231,9 +231,8 @@ def picture(image, tap, place, found, window, title):
     whole.add_patch(Rectangle(view[:2], view[2] - view[0], view[3] - view[1], fill=False, color="white", lw=1, ls=":"))
     outside = 1 - inside(found, pixels.shape, tap)
     lost = f", {100 * outside:.0f}% of it outside" if outside > 0.005 else ""
-    shown = overlay(weights, pixels, view, tap, found, found["softmax"], "viridis", Normalize(0, None))
+    bars = {0: overlay(weights, pixels, view, tap, found, found["softmax"], "viridis", Normalize(0, None))}
     weights.set_title(f"softmax over {found['softmax'].shape[0]} x {found['softmax'].shape[1]} pixels{lost}")
-    figure.colorbar(shown, ax=weights, shrink=0.8)
     if channels:
         crop(axes[0, 2], pixels, view)
         axes[0, 2].set_title("beside plain Swin's window" if window else "the neighbourhood")
@@ -254,12 +253,14 @@ def picture(image, tap, place, found, window, title):
             centre = (ghost.shape[1] - 1) // 2
             mark(axes[row, column], (centre, centre), (1, 1))
             axes[row, column].set_title(f"{sign} the ghost filter of channel {channel}")
-            figure.colorbar(shown, ax=axes[row, column], shrink=0.8)
+            bars[row] = shown
         last = axes[-1, column]
         shown = overlay(last, pixels, view, tap, found, found["filters"][column], "coolwarm", even(found["filters"]))
         last.set_title(f"= the filter of channel {channel}")
         mark(last, place, tap)
-        figure.colorbar(shown, ax=last, shrink=0.8)
+        bars[rows - 1] = shown
+    for row, shown in bars.items():
+        figure.colorbar(shown, ax=axes[row], shrink=0.9, pad=0.01)
     for each in axes.flat:
         each.set(xticks=[], yticks=[])
     file = io.BytesIO()
