@@ -12,6 +12,7 @@ from train import data, segmentation
 from train.ade_folder import IGNORED, named_classes
 from train.device import autocast
 from train.distributed import max_over_ranks, sum_over_ranks
+from train.progress import rate_of
 from train.run_folder import replace_atomically
 
 METRICS = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}  # per cent
@@ -81,7 +82,7 @@ def table(result, classes):
         lines.append(f"{name:<24.24} {iou:>7.2f} {accuracy:>9.2f}")
     lines.append(f"mIoU {result['miou']:.2f}  mean accuracy {result['mean_accuracy']:.2f}  "
                  f"pixel accuracy {result['pixel_accuracy']:.2f}  {result['images']} images  "
-                 f"{result['images'] / result['seconds']:.2f} images/s")
+                 f"{rate_of(result['images'] / result['seconds'])} images/s")
     return "\n".join(lines)
 
 

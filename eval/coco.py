@@ -13,6 +13,7 @@ from eval import evaluating, refuse_other_names
 from train import data, detection
 from train.device import autocast
 from train.distributed import from_rank_0, gather_to_rank_0, max_over_ranks
+from train.progress import rate_of
 from train.run_folder import replace_atomically
 
 METRICS = {"box_ap": "box AP", "box_ap50": "box AP50", "mask_ap": "mask AP"}  # per cent
@@ -85,7 +86,7 @@ def detect(model, samples, device, amp="none"):
 
 def table(result, classes):
     """The scores as text: of every class, then COCO's twelve, then the most important in one line."""
-    speed = f"{result['images']} images  {result['images'] / result['seconds']:.2f} images/s"
+    speed = f"{result['images']} images  {rate_of(result['images'] / result['seconds'])} images/s"
     if result["box_ap"] is None:
         return f"no scores: the data has no annotations  {speed}"
     lines = [f"{'class':<24} {'box AP':>7} {'mask AP':>8}"]

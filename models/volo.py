@@ -205,7 +205,7 @@ class VOLO(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
             if i != 1:  # the down-sampling
                 maps.append(x.permute(0, 3, 1, 2))
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)  # (B, 1 + h * w, C)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)  # (B, 1 + h * w, C)
         for block in self.post_network:
             x = block(x)
         return self.norm(x), tuple(maps)
@@ -227,6 +227,6 @@ class VOLO(nn.Module):
 
 def interpolate_pos_embed(pos_embed, h, w):
     """(1, h0, w0, C) -> (1, h, w, C), bicubic as published; itself when the grid is the same."""
-    if pos_embed.shape[1:3] == (h, w):
+    if isinstance(h, int) and isinstance(w, int) and pos_embed.shape[1:3] == (h, w):  # they may be open in export
         return pos_embed
     return F.interpolate(pos_embed.permute(0, 3, 1, 2), (h, w), mode="bicubic").permute(0, 2, 3, 1)

@@ -1,5 +1,6 @@
 """Weights of our own and of the published models, told apart by their keys."""
 import argparse
+import importlib.util
 import math
 import re
 import sys
@@ -34,8 +35,8 @@ def load_weights(model, source, classifier=True):
 
     Args:
         model: as create_model gives it.
-        source: a file written by torch.save, or what such a file contains, or "published": what the authors published
-            for this model and attention, fetched into torch's cache, see models.published. Either a state dict or a
+        source: a file of torch.save or, with that ending, of safetensors, or what such a file contains, or "published":
+            what the authors published for this model and attention, see models.published. Either a state dict or a
             checkpoint holding one as "model_ema", "ema_state_dict", "state_dict_ema", "ema", "model" or "state_dict":
             the first of these that holds tensors, so a moving average goes before the weights it averages. (mmengine
             exchanges the two when it saves; its files are known by their count of steps.) "module.", "_orig_mod." and
@@ -150,7 +151,14 @@ def _created(model):
 
 def read(path):
     """What a file written by torch.save contains, on the CPU; raises as load_weights says."""
+    safetensors = str(path).endswith(".safetensors")
+    if safetensors and importlib.util.find_spec("safetensors") is None:
+        raise ValueError(f"{path}: reading it needs a package that is not installed: `pip install safetensors`")
     try:
+        if safetensors:
+            from safetensors import safe_open
+            with safe_open(path, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}
         check_archive(path)
         with torch.serialization.safe_globals(_data_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -163,8 +171,8 @@ def read(path):
                 f"{path} was refused: reading it would run code ({code[1]}). A checkpoint may hold only tensors, "
                 "numbers, strings and containers of these. If you trust its origin, load it yourself and save its "
                 "state dict alone.") from error
-        raise ValueError(f"{path} cannot be read: it is damaged, or torch.save did not write it. Copy or download it "
-                         "again.") from error
+        raise ValueError(f"{path} cannot be read: it is damaged, or neither torch.save nor safetensors wrote it. "
+                         "Copy or download it again.") from error
 
 
 def check_archive(path):

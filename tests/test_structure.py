@@ -12,7 +12,7 @@ TOP = {"kernels", "models", "train", "eval", "tests", "docs", ".ci", "run.py", "
 ORDER = ("tests", "run", "eval", "train", "models", "kernels")  # each may import itself and what comes after it
 OUTSIDE = {  # what a folder, or a file of it, may import beside the standard library
     "kernels": {"torch", "triton"},
-    "models": {"torch", "torchvision", "numpy", "yaml"},
+    "models": {"torch", "torchvision", "numpy", "yaml", "safetensors"},
     "models.timm_models": {"torch", "timm"},  # optional: nothing of ours imports it
 }
 LATE = {  # what may be imported inside a function, and why
@@ -23,6 +23,9 @@ LATE = {  # what may be imported inside a function, and why
     "torchvision": "only detection needs it of the models",
     "datasets": "optional: only --data hf:... needs it",
     "timm": "optional: the bench of the input measures it where it is there",
+    "safetensors": "optional, as its files are",
+    "onnx": "optional: only `run.py export --format onnx` needs it and onnxruntime",
+    "onnxruntime": "optional",
 }
 
 

@@ -19,8 +19,8 @@ def autocast(device, amp):
 
 
 def seed_generators(seed, device):
-    """torch.manual_seed of the CPU and of `device` alone. That of all kinds of devices takes a third of a millisecond on
-    a machine without them, and keeps a list of what to do should they appear."""
+    """torch.manual_seed of the CPU and of `device` alone. That of all kinds of devices takes a third of a millisecond
+    where there are none, and keeps a list of what to do should they appear."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
