@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from eval.tasks import task_of
 from models.info import info
 from train.command_line import Parser
-from train.config import KEYS, family_of, model_overrides, recipe_path, resolve, to_dict
+from train.config import KEYS, family_of, model_overrides, recipe_path, to_dict
 from train.run_folder import read_log, replace_atomically
 from train.runs import refuse_inputs
+from train.small_data import choose, resolve
 
 ENTRY_POINT = Path(__file__).parents[1] / "run.py"
 
@@ -48,7 +49,7 @@ def main(argv):
     if seeds < 1 or len(set(attns)) < len(attns):
         raise ValueError(f"--seeds {seeds} --attn {','.join(attns)}: expected 1 seed or more, and every kind of "
                          "attention once")
-    if not recipe and options.get("data"):  # plain Swin's own recipe would make two kinds of training
+    if not recipe and options.get("data") and not choose(options):  # plain Swin's own would make two kinds of training
         shared = recipe_path(options["model"], options["data"], attn="elsa")
         recipe = str(shared) if shared.exists() else None
     config, _ = resolve(options, recipe)
@@ -125,7 +126,7 @@ class Comparison:
 
     def history(self, attn, seed):
         """Rows of the finished epochs."""
-        return [row for row in read_log(self.path(attn, seed)) if "step" not in row]
+        return [row for row in read_log(self.path(attn, seed)) if row["kind"] == "epoch"]
 
     def write(self):
         """results.json, table.md and plot.png, of what has finished so far."""

@@ -16,6 +16,7 @@ LATE = {  # what may be imported inside a function, and why
     "matplotlib": "slow, and only plots need it",
     "faster_coco_eval": "only detection needs it",
     "resource": "not on Windows",
+    "torch.utils.tensorboard": "needs tensorboard, which only --tensorboard needs",
 }
 
 
@@ -59,7 +60,7 @@ def complaints(root):
                 found.append(f"{path} imports {target}: an arrow that runs back")
             elif folder in OUTSIDE and top not in {*ORDER, *OUTSIDE[folder], *sys.stdlib_module_names}:
                 found.append(f"{path} imports {target}: {folder} must do without")
-            if inside and folder != "run" and top not in LATE and not needs_triton(target, graph):
+            if inside and folder != "run" and not {top, target} & {*LATE} and not needs_triton(target, graph):
                 found.append(f"{path} imports {target} inside a function")
     return [*dict.fromkeys(found), *(f"a cycle: {' -> '.join(cycle)}" for cycle in cycles(graph))]
 

@@ -20,7 +20,7 @@ from train.device import peak_memory, to_device
 from train.distributed import agree, gather, join_ranks, leave_ranks, tune_kernels
 from train.interruption import Interruption
 from train.progress import Progress
-from train.run_folder import RunFolder, notes_of
+from train.run_folder import RunFolder, best_row, notes_of
 from train.schedule import learning_rate, total_steps
 from train.state import TrainingState
 
@@ -67,6 +67,7 @@ def train(config, task, evaluation, resume=None, notes=()):
         else:
             notes += folder.make(config, resume)
         loader = BadImages(loader, folder.path, rank)
+        ends.callback(folder.close)
         if rank == 0:
             folder.announce(config, notes, state, len(training), len(validation), world, device)
         tune_kernels(state.model, per_rank, config.img_size, config.amp, rank, device)
@@ -76,7 +77,7 @@ def train(config, task, evaluation, resume=None, notes=()):
         ends.callback(progress.close)
         for epoch in range(state.epoch, math.ceil(total / steps)):
             for lr in train_epoch(state, task, loader, epoch, rank, interruption):
-                folder.log(step=state.step - 1, epoch=epoch, loss=state.losses[-1], lr=lr, **checkpoints.costs())
+                folder.log("step", step=state.step - 1, epoch=epoch + 1, loss=state.losses[-1], lr=lr, **checkpoints.costs())
                 progress.step(state.losses[-1], lr)
                 if interruption.agreed is not None or checkpoints.due():
                     checkpoints.save(state.checkpoint(classes))
@@ -86,11 +87,11 @@ def train(config, task, evaluation, resume=None, notes=()):
             checkpoints.save(state.checkpoint(classes))  # the epoch is safe, whatever its evaluation meets
             result = evaluation.evaluate(state.evaluated, interruption.watch(val_loader), device, config.amp)
             best = close_epoch(state, result, evaluation.METRICS)
-            folder.log(**state.history[-1])
+            folder.log("epoch", **state.history[-1])
             checkpoints.save(state.checkpoint(classes), best)
             folder.plot()
             progress.epoch(state.history[-1], config.epochs, evaluation.METRICS)
-        progress.say(loader.report())
+        progress.say([*loader.report(), *folder.ending(config, state.history)])
         return state.history
 
 
@@ -137,9 +138,6 @@ def train_epoch(state, task, loader, epoch, rank, interruption):
 
 def close_epoch(state, result, metrics):
     """Adds a row to the history -> whether this is the epoch for best.pt, so far."""
-    chosen = next(iter(metrics))
-    # NaN, of nothing to find, is written, too.
-    best = not result[chosen] <= max((row[chosen] for row in state.history), default=-1.0)
     state.epoch += 1
     row = {"epoch": state.epoch, "train_loss": sum(state.losses) / len(state.losses)}
     if "loss" in result:
@@ -149,7 +147,7 @@ def close_epoch(state, result, metrics):
             "memory": peak_memory(state.device)}
     state.history.append(row)
     state.losses, state.seconds = [], 0.0
-    return best or state.config.select == "last"
+    return best_row(state.history, next(iter(metrics)), state.config.select) is row
 
 
 def check_fit(config, images, classes, world, device):
