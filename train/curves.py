@@ -26,7 +26,7 @@ def curves_of(rows, metrics, title):
 
 
 def comparison_of(runs, metric, name):
-    """Figure of several runs, {how it is called: rows}: their losses, of epochs and faintly of steps, and one metric."""
+    """Figure of several runs, {how it is called: rows}: losses, of steps faintly, and one metric."""
     figure, losses, scores = _axes()
     for number, (label, rows) in enumerate(runs.items()):
         steps, epochs = split(rows)

@@ -77,7 +77,8 @@ def train(config, task, evaluation, resume=None, notes=()):
         ends.callback(progress.close)
         for epoch in range(state.epoch, math.ceil(total / steps)):
             for lr in train_epoch(state, task, loader, epoch, rank, interruption):
-                folder.log("step", step=state.step - 1, epoch=epoch + 1, loss=state.losses[-1], lr=lr, **checkpoints.costs())
+                folder.log("step", step=state.step - 1, epoch=epoch + 1, loss=state.losses[-1], lr=lr,
+                           **checkpoints.costs())
                 progress.step(state.losses[-1], lr)
                 if interruption.agreed is not None or checkpoints.due():
                     checkpoints.save(state.checkpoint(classes))

@@ -169,8 +169,10 @@ def read_log(folder):
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and "epoch" in row:
-                older = {"kind": "step", **row, "epoch": row["epoch"] + 1} if "step" in row else {"kind": "epoch", **row}
-                rows.append(row if "kind" in row else older)
+                if "kind" not in row:
+                    of_step = "step" in row
+                    row = {"kind": "step" if of_step else "epoch", **row, "epoch": row["epoch"] + of_step}
+                rows.append(row)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What was meant: the field's words for our options and models, and else the word that differs in the fewest letters."""
+"""What was meant: the field's words for our options and models, else the word that is nearest in its letters."""
 import difflib
 import re
 
