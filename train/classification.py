@@ -184,8 +184,8 @@ def keep_part(folder, training):
     if not kept:
         raise ValueError(f"--data {folder.root}: every class has one photograph, so that none is left for validation; "
                          "expected two or more")
-    folder.notes.append(f"{len(kept)} of the {len(folder.samples)} photographs in {folder.root}, split by a hash of "
-                        "their names, about a fifth of each class for validation")
+    folder.notes.append(f"{len(kept)} of the {len(folder.samples)} photographs in {folder.root}, which a hash of their "
+                        "names splits 4 : 1")
     folder.samples = folder.imgs = kept
     folder.targets = [label for _, label in kept]
 

@@ -45,8 +45,8 @@ def photographs_of(data, task, training):
             return str(root / name), False
     if len(inside) > 1 and not {*TRAINING, *VALIDATION, "annotations"} & {*inside}:
         return str(root), True
-    raise FileNotFoundError(f"--data {data} has no {' or '.join(name + '/' for name in wanted)}, and is no folder with "
-                            f"a folder per class, two or more; it holds {sorted(os.listdir(root))[:8]}")
+    raise FileNotFoundError(f"--data {data} has no {'/ or '.join(wanted)}/, and is no folder with a folder "
+                            f"per class, two or more; it holds {sorted(os.listdir(root))[:8]}")
 
 
 def validation_part(paths):
