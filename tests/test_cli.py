@@ -272,7 +272,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     (["train", "swin_t", "--recipe", "here/config.yaml", "--out", "here"], "would write over here/config.yaml"),
     (["train", "swin_t", "--data", "photos", "--out", "photos", "--epochs", "1", *TINY], "is the folder of --data"),
     (["train", "swin_t", "--data", "photos", "--out", "photos/train/new", *TINY], "would write over photos/train"),
-    (["train", "swin_t", "--data", "photos/train", "--out", "photos/train/new", *TINY], "would write over photos/train"),
+    (["train", "swin_t", "--data", "photos/train", "--out", "photos/train/new", *TINY], "write over photos/train"),
     (["train", "swin_t", *TINY, "--weights", "here/best.pt", "--out", "here", "--limit", "8"], "would write over here"),
     (["compare", "swin_t", "--data", "photos", "--out", "photos/val/cat", "--set", "num_classes=2"], "over photos/val"),
     (["train", "swin_t", "--seed", "1e99"], "seed = "),
