@@ -53,11 +53,11 @@ def choose(options):
 
 
 def fit(count, batch_size, epochs, given=0):
-    """{"batch_size", "epochs"} for `count` photographs: eight steps an epoch or more, as far as batches of eight allow,
-    and epochs that make STEPS, at most MAX_EPOCHS. batch_size, epochs: of the recipe, the most and the least. given:
-    batch size that the user wants, or 0."""
+    """{"epochs", "batch_size"} for `count` photographs: eight steps an epoch or more, as far as batches of eight allow,
+    and epochs that make STEPS, at most MAX_EPOCHS. batch_size, epochs: of the recipe, the most and the least. given: a
+    batch size that the user wants instead, or 0."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     fitting = min(batch_size, max(8, 2 ** int(math.log2(max(1, count / 8)))), count)
     fitting = given or -(-fitting // world) * world  # as many for each rank
     wanted = math.ceil(STEPS / max(1, count // fitting))
-    return {"batch_size": fitting, "epochs": max(epochs, min(wanted, MAX_EPOCHS))}
+    return {"epochs": max(epochs, min(wanted, MAX_EPOCHS)), **({} if given else {"batch_size": fitting})}
