@@ -21,12 +21,14 @@ from train.run_folder import read_log, replace_atomically
 from train.runs import refuse_inputs
 from train.small_data import choose, resolve
 
+SETTABLE = KEYS.keys() - {"model", "data", "attn", "seed", "out"}
 ENTRY_POINT = Path(__file__).parents[1] / "run.py"
 
 
 def main(argv):
     parser = Parser(prog="run.py compare",
                     description="Train one architecture with several kinds of attention and compare them.")
+    parser.settable = SETTABLE
     parser.add_argument("model", nargs="?", default="swin_t", help=KEYS["model"].metadata["help"])
     parser.add_argument("--attn", default="window,dwconv,ddf,neighborhood,elsa",
                         help="kinds of attention, with commas between them")
@@ -42,7 +44,7 @@ def main(argv):
     recipe, out, settings = options.pop("recipe"), options.pop("out"), options.pop("set")
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals or key.replace("-", "_") not in KEYS or key in ("attn", "seed", "out", "model", "data"):
+        if not equals or key.replace("-", "_") not in SETTABLE:
             raise ValueError(f"--set {setting!r} does not fit; expected KEY=VALUE with an option of `run.py train` "
                              "other than model, data, attn, seed and out")
         options[key.replace("-", "_")] = value

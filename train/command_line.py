@@ -18,7 +18,8 @@ GROUPS = {"model": "Model", "data": "Data and output", "schedule": "Schedule and
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes --batch_size for --batch-size, guesses no abbreviations, names the nearest option."""
+    """argparse that takes --batch_size for --batch-size, guesses no abbreviations, names the option that was meant."""
+    settable = ()  # keys of Config that its --set takes
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
@@ -34,8 +35,8 @@ class Parser(argparse.ArgumentParser):
                 option, _, value = word.partition("=")
                 behind = argv[argv.index(word) + 1:][:1]
                 value = value or (behind[0] if behind and not behind[0].startswith("-") else "")
-                settable = map(_option, KEYS) if "--set" in self._option_string_actions else ()
-                hint = words.of_option(option, value, self.prog, self._option_string_actions, [*settable])
+                hint = words.of_option(option, value, self.prog, self._option_string_actions,
+                                       [_option(name) for name in self.settable])
                 raise ValueError(f"unknown option {option}; {hint}--help lists all")
             raise ValueError(f"{word!r} is not the value of any option; --help lists all")
         if hint := words.of_model(getattr(known, "model", None)):
