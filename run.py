@@ -13,6 +13,7 @@
     python run.py export swin_t --weights FILE --out model.onnx     a file that runs without this project; .pt2 too
     python run.py info swin_t --attn elsa                           parameters, multiply-adds and memory, layer by layer
     python run.py compare swin_t --attn window,dwconv,elsa          kinds of attention, trained alike, in one table
+    python run.py plot RUN...                                       losses and scores of several runs in one picture
     python run.py bench                                             operator, layer and model timings of this machine
 
 `python run.py train MODEL --help` shows the options of a model; `--batch-size 64` overrides the recipe's batch_size.
@@ -97,13 +98,18 @@ def compare(argv):
     main(argv)
 
 
+def plot(argv):
+    from eval.plot import main
+    main(argv)
+
+
 def bench(argv):
     from eval.bench import main
     main(argv)
 
 
 COMMANDS = {"train": train, "eval": evaluate, "predict": predict, "export": export, "info": info, "compare": compare,
-            "bench": bench}
+            "plot": plot, "bench": bench}
 MISTAKES = (ValueError, OSError, FloatingPointError, OverflowError)  # what is raised for a user's or the machine's
 
 

@@ -16,17 +16,20 @@ from matplotlib.figure import Figure
 from eval.tasks import task_of
 from models.info import info
 from train.command_line import Parser
-from train.config import KEYS, family_of, model_overrides, recipe_path, resolve, to_dict
+from train.config import KEYS, family_of, model_overrides, recipe_path, to_dict
 from train.progress import Remaining, rate_of
 from train.run_folder import read_log, replace_atomically
 from train.runs import name_of_data, refuse_inputs
+from train.small_data import choose, resolve
 
+SETTABLE = KEYS.keys() - {"model", "data", "attn", "seed", "out"}
 ENTRY_POINT = Path(__file__).parents[1] / "run.py"
 
 
 def main(argv):
     parser = Parser(prog="run.py compare",
                     description="Train one architecture with several kinds of attention and compare them.")
+    parser.settable = SETTABLE
     parser.add_argument("model", nargs="?", default="swin_t", help=KEYS["model"].metadata["help"])
     parser.add_argument("--attn", default="window,dwconv,ddf,neighborhood,elsa",
                         help="kinds of attention, with commas between them")
@@ -42,14 +45,14 @@ def main(argv):
     recipe, out, settings = options.pop("recipe"), options.pop("out"), options.pop("set")
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals or key.replace("-", "_") not in KEYS or key in ("attn", "seed", "out", "model", "data"):
+        if not equals or key.replace("-", "_") not in SETTABLE:
             raise ValueError(f"--set {setting!r} does not fit; expected KEY=VALUE with an option of `run.py train` "
                              "other than model, data, attn, seed and out")
         options[key.replace("-", "_")] = value
     if seeds < 1 or len(set(attns)) < len(attns):
         raise ValueError(f"--seeds {seeds} --attn {','.join(attns)}: expected 1 seed or more, and every kind of "
                          "attention once")
-    if not recipe and options.get("data"):  # plain Swin's own recipe would make two kinds of training
+    if not recipe and options.get("data") and not choose(options):  # plain Swin's own would make two kinds of training
         shared = recipe_path(options["model"], options["data"], attn="elsa")
         recipe = str(shared) if shared.exists() else None
     config, _ = resolve(options, recipe)
@@ -128,7 +131,7 @@ class Comparison:
 
     def history(self, attn, seed):
         """Rows of the finished epochs."""
-        return [row for row in read_log(self.path(attn, seed)) if "step" not in row]
+        return [row for row in read_log(self.path(attn, seed)) if row["kind"] == "epoch"]
 
     def write(self):
         """results.json, table.md and plot.png, of what has finished so far."""

@@ -141,7 +141,7 @@ def test_folder_errors_say_what_is_missing(photos, tmp_path):
     with pytest.raises(ValueError, match="dog.*wolf"):
         classification.datasets(tiny(data=str(photos)))
     (photos / "val").rename(photos / "valid")
-    with pytest.raises(FileNotFoundError, match="no val/ or test/"):
+    with pytest.raises(FileNotFoundError, match="no val/ or validation/ or test/, and is no folder with a"):
         classification.datasets(tiny(data=str(photos)))
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,8 @@ def photos(tmp_path_factory):
 
 def test_train_scenes_eval_and_resume(tmp_path, monkeypatch, capsys):
     out = succeed(tmp_path, "train", "swin_t", "--attn", "elsa", "--limit", "16", "--val-limit", "9", *TINY)
-    assert "rendered scenes" in out and "epoch 1/1" in out and "batch_size: 8" in out
+    assert "rendered scenes" in out and "epoch 1/1" in out and "batch_size 8 (recipe: 32)" in out
+    assert "weight_decay" not in out, "what is as the recipe has it is in config.yaml"
     folder = tmp_path / "runs" / "swin_t-elsa-scenes"
     assert {path.name for path in folder.iterdir()} == {"last.pt", "previous.pt", "best.pt", "log.jsonl", "curves.png",
                                                         "config.yaml"}
@@ -72,7 +74,7 @@ def test_resume_takes_the_runs_options_and_refuses_other_classes(tmp_path, photo
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "photos"
     shutil.copytree(photos, data)
-    command = ["train", "swin_t", "--attn", "elsa", "--data", "photos", "--workers", "0"]
+    command = ["train", "swin_t", "--attn", "elsa", "--data", "photos", "--workers", "0", "--verbose"]
     assert main([*command, *TINY, "--resume"]) == 0
     assert "nothing to resume yet: a new run" in capsys.readouterr().out
     assert main([*command, "--resume", "--val-limit", "6"]) == 0
@@ -88,10 +90,10 @@ def test_resume_takes_the_runs_options_and_refuses_other_classes(tmp_path, photo
     for split in ("train", "test"):
         shutil.copy(data / split / "owl" / "0.png", data / split / "ant" / "0.png")
     weights = ["--weights", "runs/swin_t-elsa-photos/best.pt", "--out", "tuned"]
-    assert main([*command, *TINY, *weights]) == 2
-    assert "all of it fits but the classifier, which is not for the 4 classes of this run; --fresh-head starts" \
-        in capsys.readouterr().err
-    assert main([*command, *TINY, *weights, "--fresh-head"]) == 0
+    assert main([*command, *TINY, *weights]) == 0
+    out = capsys.readouterr().out
+    assert "all of it fits but the classifier, which is not for the 4 classes of this run; a fresh one takes" in out
+    assert "recipe finetune_classification" in out and "class ant has 1 photograph, too few" in out
 
 
 def test_json_is_all_that_stdout_gets(tmp_path, monkeypatch, capsys):
@@ -114,10 +116,12 @@ def test_json_is_all_that_stdout_gets(tmp_path, monkeypatch, capsys):
 
 def test_train_photos_with_the_paper_recipe_and_eval(tmp_path, photos):
     given = ["--attn", "elsa", "--data", photos, "--workers", "1"]
-    out = succeed(tmp_path, "train", "swin_t", *given, *TINY, "--out", "mine")
+    out = succeed(tmp_path, "train", "swin_t", *given, *TINY, "--recipe", "swin_t", "--out", "mine", "--verbose")
     assert "recipe swin_t" in out and "randaugment: 9.0" in out
-    out = succeed(tmp_path, "eval", "swin_t", *given, "--weights", "mine/last.pt")
-    assert "12 images" in out and "3 classes" in out
+    commands = [shlex.split(line) for line in out.splitlines() if line.startswith("  python ")]
+    assert [command[2] for command in commands] == ["eval", "predict"]
+    assert "12 images" in succeed(tmp_path, *commands[0][2:], "--workers", "1")
+    assert "12/12" in succeed(tmp_path, *commands[1][2:], "--workers", "1")
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -301,6 +305,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     (["train", "swin_t", "--recipe", "here/config.yaml", "--out", "here"], "would write over here/config.yaml"),
     (["train", "swin_t", "--data", "photos", "--out", "photos", "--epochs", "1", *TINY], "is the folder of --data"),
     (["train", "swin_t", "--data", "photos", "--out", "photos/train/new", *TINY], "would write over photos/train"),
+    (["train", "swin_t", "--data", "photos/train", "--out", "photos/train/new", *TINY], "write over photos/train"),
     (["train", "swin_t", *TINY, "--weights", "here/best.pt", "--out", "here", "--limit", "8"], "would write over here"),
     (["compare", "swin_t", "--data", "photos", "--out", "photos/val/cat", "--set", "num_classes=2"], "over photos/val"),
     (["train", "swin_t", "--seed", "1e99"], "seed = "),

@@ -9,6 +9,7 @@ import pytest
 from eval import compare
 from photographs import image_folder
 from run import main
+from train import small_data
 from train.config import RECIPES
 from training import rows
 
@@ -69,9 +70,14 @@ def test_all_kinds_of_attention_are_trained_by_one_recipe(tmp_path, monkeypatch)
     made = []
     image_folder(tmp_path / "photos", {"train": 2, "val": 1})
     monkeypatch.setattr(compare.Comparison, "run", lambda comparison: made.append(comparison))
+    monkeypatch.setitem(small_data.LARGE, "classification", 4)  # as if they were many
     places = ["--data", str(tmp_path / "photos"), "--out", str(tmp_path / "out")]
     compare.main(["swin_t", "--attn", "window,elsa", *places, *SETTINGS, "--set", "epochs=3", "mixup=0.1"])
     arguments = made[0].arguments
     assert arguments[arguments.index("--recipe") + 1] == str(RECIPES / "swin_t.yaml")
-    assert made[0].config.crop_pct == 0.9
+    assert made[0].config.decay == "published" and made[0].config.crop_pct == 0.9
     assert (made[0].config.epochs, made[0].config.mixup, made[0].config.batch_size) == (3, 0.1, 8)  # --set adds up
+    monkeypatch.undo()
+    monkeypatch.setattr(compare.Comparison, "run", lambda comparison: made.append(comparison))
+    compare.main(["swin_t", "--attn", "window,elsa", *places, *SETTINGS])  # few have one recipe for all kinds
+    assert "--recipe" not in made[1].arguments and made[1].config.decay == "weights"

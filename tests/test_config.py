@@ -16,11 +16,10 @@ from train.config import (
     check,
     published,
     read_recipe,
-    refuse_other,
-    refuse_other_classes,
     resolve,
     to_dict,
 )
+from train.runs import refuse_other, refuse_other_classes
 from train.schedule import decay_groups
 from training import TINY, tiny, train
 

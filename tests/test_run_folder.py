@@ -128,17 +128,19 @@ def test_curves_are_drawn_without_reading_the_log_again(tmp_path, monkeypatch):
     def drawn(name, resumed):
         folder = RunFolder(tmp_path / name / "run", True, METRICS, resumes=resumed)
         folder.path.mkdir(parents=True)
-        logged = [dict(step=step, epoch=step // 3, loss=2 / (step + 1), lr=1e-3) for step in range(7)]
-        logged[3:3], logged[7:7] = [dict(epoch=1, train_loss=2, top1=50)], [dict(epoch=2, train_loss=1, top1=75)]
+        logged = [dict(kind="step", step=step, epoch=step // 3 + 1, loss=2 / (step + 1), lr=1e-3) for step in range(7)]
+        logged.insert(3, dict(kind="epoch", epoch=1, train_loss=2, top1=50))
+        logged.insert(7, dict(kind="epoch", epoch=2, train_loss=1, top1=75))
         if resumed:
             (folder.path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged[:6]))
-            state = SimpleNamespace(step=4, epoch=1, model=torch.nn.Linear(1, 1))
+            state = SimpleNamespace(step=4, epoch=1, model=torch.nn.Linear(1, 1), notes=[])
             folder.announce(tiny(), [], state, 24, 9, 1, torch.device("cpu"))
         with monkeypatch.context() as patch:
             patch.setattr(run_folder, "read_log", lambda path: pytest.fail("the log is read again"))
             for row in logged[5:] if resumed else logged:
                 folder.log(**row)
             folder.plot()
+        folder.close()
         assert rows(folder.path) == logged
         return (folder.path / "curves.png").read_bytes()
 

@@ -1,6 +1,6 @@
 """The task of classification: folders of images or rendered scenes, and what is minimised."""
 import os
-from pathlib import Path
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from train.augment import TrainingTransform, erase, mix, validation_transform
 from train.config import RECORDS
 from train.device import autocast
 from train.hub_data import HubImages
-from train.photographs import left_out, load_image, suffixes, to_tensor
+from train.layout import photographs_of, scarce, suffixes, validation_part
+from train.photographs import left_out, load_image, to_tensor
 from train.shards import Shards
 from train.tokens import TokenLabels, dense_targets, draw_swap
 
@@ -34,7 +35,7 @@ def datasets(config):
     train_images = balanced(train, config.limit)
     labels = TokenLabels(config.token_labels, train, train_images) if config.token_labels else None
     training = AugmentedPhotographs(train_images, TrainingTransform(config), config.seed, labels)
-    training.notes = train.notes
+    training.notes = train.notes + scarce(Counter(train.classes[label] for label in train.targets))
     return training, balanced(val, config.val_limit), train.classes
 
 
@@ -48,7 +49,7 @@ def source(config, training, transform=None):
     kind, _, place = config.data.partition(":")
     if kind in RECORDS:
         return {"hf": HubImages, "wds": Shards}[kind](place, training, transform)
-    return image_folder(_split(config.data, *["train"] if training else ["val", "test"]), transform)
+    return image_folder(config.data, training, transform)
 
 
 def loss(model, batch, config, rng):
@@ -176,12 +177,32 @@ class PhotographFolder(ImageFolder):
         return names, {name: label for label, name in enumerate(names)}
 
 
-def image_folder(root, transform=None):
-    """A PhotographFolder, with errors that say what is wrong with `root`."""
+def image_folder(data, training, transform=None):
+    """A PhotographFolder of the photographs of --data for training or for validation; errors say what is wrong."""
+    root, both = photographs_of(data, "classification", training)
     try:
-        return PhotographFolder(root, transform)
+        folder = PhotographFolder(root, transform)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{root}: {error}. Expected one folder per class with images inside") from error
+    if both:
+        keep_part(folder, training)
+    return folder
+
+
+def keep_part(folder, training):
+    """Leaves, of a PhotographFolder of all photographs, those for training or for validation."""
+    of_class, below = {}, len(os.path.join(folder.root, ""))
+    for path, label in folder.samples:
+        of_class.setdefault(label, []).append(path[below:])
+    held_out = set().union(*map(validation_part, of_class.values()))
+    kept = [(path, label) for path, label in folder.samples if (path[below:] not in held_out) == training]
+    if not kept:
+        raise ValueError(f"--data {folder.root}: every class has one photograph, so that none is left for validation; "
+                         "expected two or more")
+    folder.notes.append(f"{len(kept)} of the {len(folder.samples)} photographs in {folder.root}, which a hash of their "
+                        "names splits 4 : 1")
+    folder.samples = folder.imgs = kept
+    folder.targets = [label for _, label in kept]
 
 
 def balanced(images, limit):
@@ -196,13 +217,3 @@ def balanced(images, limit):
     subset = Subset(images, sorted(index for _, _, index in sorted(order)[:limit]))
     subset.notes = images.notes
     return subset
-
-
-def _split(folder, *names):
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"--data {folder}: no such folder; expected one with train/ and val/ or test/")
-    for name in names:
-        if (Path(folder) / name).is_dir():
-            return str(Path(folder) / name)
-    raise FileNotFoundError(f"--data {folder} has no {' or '.join(name + '/' for name in names)}; it holds "
-                            f"{sorted(os.listdir(folder))[:8]}")

@@ -8,15 +8,18 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from train.config import KEYS, TASK_OF_FAMILY, TYPES, concerns, nearest, resolve, task_of, to_dict
+from train import words
+from train.config import KEYS, TASK_OF_FAMILY, TYPES, concerns, task_of, to_dict
 from train.runs import find, go_on, refuse_inputs, saved_configuration
+from train.small_data import resolve
 
 GROUPS = {"model": "Model", "data": "Data and output", "schedule": "Schedule and optimiser",
           "augmentation": "Augmentation", "task": "Loss and evaluation", "machine": "Machine"}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes --batch_size for --batch-size, guesses no abbreviations, names the nearest option."""
+    """argparse that takes --batch_size for --batch-size, guesses no abbreviations, names the option that was meant."""
+    settable = ()  # keys of Config that its --set takes
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
@@ -29,10 +32,15 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_intermixed_args(argv)
         for word in unknown:
             if word.startswith("-"):
-                option = word.split("=")[0]
-                near = nearest(option, self._option_string_actions)
-                raise ValueError(f"unknown option {option}; {near}--help lists all")
+                option, _, value = word.partition("=")
+                behind = argv[argv.index(word) + 1:][:1]
+                value = value or (behind[0] if behind and not behind[0].startswith("-") else "")
+                hint = words.of_option(option, value, self.prog, self._option_string_actions,
+                                       [_option(name) for name in self.settable])
+                raise ValueError(f"unknown option {option}; {hint}--help lists all")
             raise ValueError(f"{word!r} is not the value of any option; --help lists all")
+        if hint := words.of_model(getattr(known, "model", None)):
+            raise ValueError(f"unknown model {known.model!r}; {hint}")
         return known
 
     def error(self, message):  # argparse's own would print the whole usage before the one line that matters
@@ -64,7 +72,7 @@ def parse_train(argv, from_rank_0=lambda function: function()):
     named = options["model"] is not None
     given = {name: value for name, value in options.items() if value is not None}
     options["model"] = options["model"] or KEYS["model"].default
-    config, notes = resolve(options, recipe)
+    config, notes = resolve(options, recipe, from_rank_0)
     if wants_help:
         print(help_of_train(config, notes[0], named))
         return None

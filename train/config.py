@@ -1,9 +1,9 @@
 """The configuration of a run: one dataclass, filled from defaults, then a recipe, then the command line.
 
-Imports neither torch nor anything of this project, so that a mistake in a command is answered at once.
+Imports no torch, so that a mistake in a command is answered at once.
 """
 import dataclasses
-import difflib
+import importlib.util
 import math
 import types
 import typing
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+
+from train.words import nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 PUBLISHED = Path(__file__).parent / "published.yaml"
@@ -54,6 +56,8 @@ class Config:
                           "segmentation")
     bad_images: int | None = key("data", None, "unreadable training images that a run bears; null: 0.1 %, at least 10")
     out: str | None = key("data", None, "folder of the run; null: runs/MODEL-ATTN-DATA, numbered")
+    tensorboard: bool = key("data", False, "write TensorBoard's events into that folder, too")
+    verbose: bool = key("data", False, "print the whole configuration at the start")
 
     epochs: int = key("schedule", 300, "passes over the training images")
     cooldown_epochs: float = key("schedule", 0.0, "of these, the last so many at min_lr")
@@ -120,7 +124,7 @@ NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple:
          dict: "a YAML mapping, as '{embed_dim: 64}'", str: "a text"}
 # A resumed run may differ in these alone: they change neither the weights nor the images.
 FREE = ("data", "weights", "out", "val_limit", "bad_images", "device", "compile", "checkpointing", "workers",
-        "profile", "prefetch", "save_minutes", "timeout_minutes")
+        "profile", "prefetch", "save_minutes", "timeout_minutes", "tensorboard", "verbose")
 
 
 def family_of(model):
@@ -138,11 +142,12 @@ def concerns(name, model=None):
     return not only or model is not None and (task_of(model) in only or family_of(model) in only)
 
 
-def resolve(options, recipe=None):
-    """Dataclass defaults < recipe < options -> (Config, notes: lines about choices that were made).
+def resolve(options, recipe=None, fitted=()):
+    """Dataclass defaults < recipe < fitted < options -> (Config, notes: lines about choices that were made).
 
     options: {key: value or text}. recipe: path, or name of a shipped one; None: that of the model, or without data that
-    of the scenes. Raises ValueError for an unknown key or a value that does not fit.
+    of the scenes. fitted: {key: value} of the recipe that follow from the data, see small_data. Raises ValueError for
+    an unknown key or a value that does not fit.
     """
     config, notes = Config(), []
     model = options.get("model", config.model)
@@ -156,8 +161,10 @@ def resolve(options, recipe=None):
         values = {}
         notes.append(f"no recipe is shipped for {model} (there is: {_shipped()}): plain defaults, no augmentation "
                      "beyond crop and flip")
+    values = {**values, **dict(fitted)}
     for name, value in {**values, **options}.items():
         setattr(config, name, cast(name, value))
+    notes += _changed(config, values, options)
 
     for name in options:
         if not concerns(name, model):
@@ -170,6 +177,15 @@ def resolve(options, recipe=None):
                      f"be --lr {config.lr * config.batch_size / usual:.2g}")
     check(config)
     return config, notes
+
+
+def _changed(config, values, options):
+    """A line on the options that differ from what the recipe has, beside those that the first line of a run tells."""
+    told = ("model", "attn", "data", "out", "verbose")
+    before = {name: cast(name, values.get(name, getattr(Config(), name))) for name in options if name not in told}
+    changed = [f"{name} {getattr(config, name)} (recipe: {value})"
+               for name, value in before.items() if getattr(config, name) != value]
+    return [f"given: {', '.join(changed)}"] if changed else []
 
 
 def _fit_into_epochs(config, values, options):
@@ -341,6 +357,8 @@ def check(config):
     expect(0 < config.milestones[0] <= config.milestones[1], "milestones", "two rising epochs, as 8,11")
     expect(config.amp in ("auto", "bf16", "fp16", "none"), "amp", "auto, bf16, fp16 or none")
     expect(config.workers is None or config.workers >= 0, "workers", "0 or more")
+    expect(not config.tensorboard or importlib.util.find_spec("tensorboard"), "tensorboard",
+           "the package tensorboard, which is not installed: `pip install tensorboard`")
 
 
 def model_overrides(config):
@@ -356,45 +374,6 @@ def to_dict(config):
     """Plain types only, so that YAML and torch.load(weights_only=True) read it back."""
     values = dataclasses.asdict(config)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def refuse_other(config, saved):
-    """Raises ValueError when a run with configuration `saved` (a dict) cannot be continued under `config`.
-
-    A key that is younger than the run gets its default, with which the run was started -> lines that say so.
-    """
-    notes = []
-    for name in KEYS.keys() - saved.keys() - {*FREE}:
-        if getattr(config, name) != getattr(Config(), name):
-            setattr(config, name, getattr(Config(), name))
-            notes.append(f"{name} = {getattr(config, name)!r}, the default: the run is older than this option")
-    ours = to_dict(config)
-    other = [f"{name}: {saved[name]!r} -> {ours[name]!r}"
-             for name in KEYS if name not in FREE and name in saved and ours[name] != saved[name]]
-    if other:
-        raise ValueError("--resume: the run was started with another configuration, and would not end as it would "
-                         "have; start a new run, or give the old values. Different are " + ", ".join(other))
-    return sorted(notes)
-
-
-def refuse_other_classes(saved, found, where):
-    """Raises ValueError when the classes of a checkpoint, names in order, are not those `found` in the data.
-
-    where: what to call the data.
-    """
-    saved, found = list(map(str, saved)), list(map(str, found))
-    if saved == found:
-        return
-    other = [f"class {i} is {a!r} in the checkpoint, {b!r} in the data" for i, (a, b) in enumerate(zip(saved, found))
-             if a != b] or [f"the checkpoint has {len(saved)} classes, the data {len(found)}"]
-    raise ValueError(f"the classes of {where} are not those of the checkpoint, whose outputs would get other names: "
-                     f"{'; '.join(other[:3])}; expected the same names in the same order")
-
-
-def nearest(word, known):
-    """"did you mean X? ", or nothing."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"did you mean {match[0]}? " if match else ""
 
 
 def _shipped():

@@ -22,7 +22,7 @@ from train.distributed import agree, gather, join_ranks, leave_ranks, tune_kerne
 from train.interruption import Interruption
 from train.profiler import start_profiler
 from train.progress import Progress
-from train.run_folder import RunFolder, notes_of
+from train.run_folder import RunFolder, best_row, notes_of
 from train.schedule import learning_rate, total_steps
 from train.state import TrainingState
 
@@ -70,6 +70,7 @@ def train(config, task, evaluation, resume=None, notes=()):
         else:
             notes += folder.make(config, resume)
         loader = BadImages(loader, folder.path, rank)
+        ends.callback(folder.close)
         if rank == 0:
             folder.announce(config, notes, state, len(training), len(validation), world, device)
         tune_kernels(state.model, per_rank, config.img_size, config.amp, rank, device)
@@ -81,7 +82,7 @@ def train(config, task, evaluation, resume=None, notes=()):
         for epoch in range(state.epoch, math.ceil(total / steps)):
             for steps_read in train_epoch(state, task, loader, epoch, rank, interruption, checkpoints.due):
                 for row in steps_read:
-                    folder.log(**row, **checkpoints.costs())
+                    folder.log("step", **row, **checkpoints.costs())
                     progress.step(row["loss"], row["lr"])
                 if interruption.saves:
                     checkpoints.save(state.checkpoint(classes))
@@ -95,11 +96,11 @@ def train(config, task, evaluation, resume=None, notes=()):
             result = evaluation.evaluate(state.evaluated, interruption.watch(val_loader), device, config.amp)
             costs = {"evaluation_s": time.perf_counter() - start, "saving_s": checkpoints.costs_of_epoch()}
             best = close_epoch(state, result, evaluation.METRICS, costs)
-            folder.log(**state.history[-1])
+            folder.log("epoch", **state.history[-1])
             checkpoints.save(state.checkpoint(classes), best)
             folder.plot()
             progress.epoch(state.history[-1], config.epochs, evaluation.METRICS)
-        progress.say(loader.report())
+        progress.say([*loader.report(), *folder.ending(config, state.history)])
         return state.history
 
 
@@ -171,16 +172,13 @@ def read_back(sent, keep, state, epoch, interruption, loader):
         state.losses.append(interruption.receive(message))
         first = (step - epoch * steps) * state.config.accumulate
         check_finite(state.losses, step, epoch, lr, lambda: names_of(losses, first, loader))
-        rows.append({"step": step, "epoch": epoch, "loss": state.losses[-1], "lr": lr})
+        rows.append({"step": step, "epoch": epoch + 1, "loss": state.losses[-1], "lr": lr})
     return rows
 
 
 def close_epoch(state, result, metrics, costs):
     """Adds a row to the history -> whether this is the epoch for best.pt, so far. costs: {name: seconds}, for the
     row."""
-    chosen = next(iter(metrics))
-    # NaN, of nothing to find, is written, too.
-    best = not result[chosen] <= max((row[chosen] for row in state.history), default=-1.0)
     state.epoch += 1
     row = {"epoch": state.epoch, "train_loss": sum(state.losses) / len(state.losses)}
     if "loss" in result:
@@ -190,7 +188,7 @@ def close_epoch(state, result, metrics, costs):
             "waiting": state.waiting / state.seconds, **costs, "memory": peak_memory(state.device)}
     state.history.append(row)
     state.losses, state.seconds, state.waiting = [], 0.0, 0.0
-    return best or state.config.select == "last"
+    return best_row(state.history, next(iter(metrics)), state.config.select) is row
 
 
 def check_fit(config, images, classes, world, device):

@@ -1,6 +1,5 @@
 """Photographs and their pixels: reading, turning, resizing, normalising. What all tasks share."""
 import contextlib
-import functools
 import io
 import math
 import os
@@ -14,11 +13,12 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from models import MEAN, STD
+from train.layout import NO_PIXELS
+from train.layout import suffixes as suffixes  # here, too: it is asked with the rest
 
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; Pillow's own limit
 TOO_LARGE = f"{{}} has more than {MAX_PIXELS / 1e6:.0f} megapixels and is not decoded; make it smaller"
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")  # Pillow's, converted
-NO_PIXELS = ("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5")  # what Pillow knows, but leaves to other programs
 PAUSES = (0.1, 1.0)  # seconds between the tries of a read
 ANSWERS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # of a disk that works
 LOOKED_AT = 2000  # photographs whose EXIF data is read before training
@@ -69,13 +69,6 @@ def load_matching(path, height, width, exif, source):
     sizes = " or ".join(f"{H} x {W}" for H, W in sorted({(image.height, image.width) for image in candidates}))
     turned = f" (its EXIF orientation is {orientation})" if orientation != 1 else ""
     raise ValueError(f"{path} is {sizes} pixels high and wide{turned}; {source} says {height} x {width}")
-
-
-@functools.cache
-def suffixes():
-    """Endings of the files that Pillow decodes, in small letters: frozenset of ".jpg", ..."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items()
-                     if kind in Image.OPEN and kind not in NO_PIXELS)
 
 
 def visible_files(root):

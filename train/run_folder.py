@@ -2,15 +2,16 @@
 import contextlib
 import json
 import os
-from array import array
-from collections import Counter
+import shlex
+import sys
 from pathlib import Path
 
 import yaml
-from matplotlib.figure import Figure
 
-from train.config import to_dict
+from train.config import task_of, to_dict
+from train.curves import Points, curves_of
 from train.distributed import from_rank_0
+from train.layout import photographs_of
 from train.runs import find, has_checkpoint, make
 
 
@@ -20,9 +21,8 @@ class RunFolder:
     def __init__(self, path, writes, metrics, resumes=False):
         """path: None before make(). resumes: whether there is a checkpoint to continue from."""
         self.path, self.writes, self.metrics, self.resumes = path and Path(path), writes, metrics, resumes
-        self.file = None  # log.jsonl
-        # What plot() draws of the log: of every step its number and its loss; of every epoch its steps, and its row.
-        self.steps, self.losses, self.per_epoch, self.epochs = array("d"), array("d"), Counter(), []
+        self.file, self.events = None, None  # log.jsonl; TensorBoard's
+        self.points = Points()
 
     @classmethod
     def open(cls, config, resume, rank, metrics):
@@ -58,52 +58,54 @@ class RunFolder:
         for file in self.path.glob("*.tmp"):
             file.unlink()
         kept = [row for row in read_log(self.path)
-                if (row["step"] < state.step if "step" in row else row["epoch"] <= state.epoch)]
+                if (row["step"] < state.step if row["kind"] == "step" else row["epoch"] <= state.epoch)]
         replace_atomically(self.path / "log.jsonl",
                            lambda file: file.write("".join(json.dumps(row) + "\n" for row in kept).encode()))
         for row in kept:
-            self._remember(row)
+            self.points.add(row)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.events = SummaryWriter(self.path, purge_step=state.step)
         source = f"{config.data}" if config.data else "rendered scenes, because no --data was given"
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
         print(f"train {config.model}, attn {config.attn or 'default'}, {parameters:,} parameters, on {source}")
         print(f"  {images} training and {val_images} validation images of {config.num_classes} classes at "
               f"{config.img_size} px, {config.epochs} epochs in batches of {config.batch_size}, {world} x {device}")
-        for note in notes:
+        for note in [*notes, *state.notes]:
             print("  " + note)
         if state.epoch >= config.epochs or state.epoch and state.step == config.max_steps:
             print(f"  nothing is left to do: all {state.step:,} steps are made, in {self.path}/")
         elif state.step:
             print(f"  continues after step {state.step:,}, in epoch {state.epoch + 1}, in {self.path}/")
         else:
-            print(f"  writes to {self.path}/")
-        print("configuration:\n" + "".join("  " + line + "\n" for line in text.splitlines()), flush=True)
+            print(f"  writes to {self.path}/, all options to config.yaml there")
+        if config.verbose:
+            print("configuration:\n" + text, end="")
+        sys.stdout.flush()
 
-    def log(self, **row):
-        """One line of log.jsonl.
+    def log(self, kind, **row):
+        """One line of log.jsonl; epochs count from 1, steps from 0.
 
-        A step: step, epoch from 0, loss, lr; saving_s, seconds, where checkpoints held it up. An epoch: epoch from 1,
-        train_loss, val_loss if the task has one, the metrics, images_per_s, waiting (share of the time that its steps
-        waited for data), evaluation_s and saving_s in seconds, memory in bytes.
+        kind "step": step, epoch, loss, lr; saving_s, seconds, where checkpoints held it up. "epoch": epoch, train_loss,
+        val_loss if the task has one, the metrics, images_per_s, waiting (share of the time that its steps waited for
+        data), evaluation_s and saving_s in seconds, memory in bytes.
         """
         if self.writes:
+            row = {"kind": kind, **row}
             with naming(self.path / "log.jsonl"):
                 if self.file is None:  # stays open: on a network disk opening takes milliseconds
                     self.file = open(self.path / "log.jsonl", "ab", buffering=0)
                 self.file.write(json.dumps(row).encode() + b"\n")
-            self._remember(row)
+            self.points.add(row)
+        if self.events:
+            for name, value in row.items():
+                if name not in ("kind", "step", "epoch") and value is not None:
+                    self.events.add_scalar(f"{kind}/{name}", value, row[kind])
 
     def close(self):
-        if self.file:
-            self.file.close()
-
-    def _remember(self, row):
-        """Of a row of the log what plot() draws: in 300 epochs of ImageNet it has 375,000."""
-        if "step" in row:
-            self.steps.append(row["step"])
-            self.losses.append(row["loss"])
-            self.per_epoch[row["epoch"]] += 1
-        else:
-            self.epochs.append(row)
+        for writer in (self.file, self.events):
+            if writer:
+                writer.close()
 
     def sync_log(self):
         """Puts the log on the disk."""
@@ -114,26 +116,35 @@ class RunFolder:
         """curves.png: loss of every step and epoch, and the metrics, against epochs."""
         if not self.writes:
             return
-        epochs, per_epoch = self.epochs, max(self.per_epoch.values(), default=1)
-        at = [row["epoch"] for row in epochs]
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        losses, accuracy = figure.subplots(1, 2)
-        losses.plot([(step + 1) / per_epoch for step in self.steps], self.losses, color="0.8", label="step")
-        losses.plot(at, [row["train_loss"] for row in epochs], "o-", label="training")
-        if "val_loss" in epochs[0]:
-            losses.plot(at, [row["val_loss"] for row in epochs], "o-", label="validation")
-        losses.set(xlabel="epoch", ylabel="loss")
-        for metric, name in self.metrics.items():
-            accuracy.plot(at, [row[metric] for row in epochs], "o-", label=name)
-        chosen, name = next(iter(self.metrics.items()))
-        best = max(row[chosen] for row in epochs)
-        accuracy.set(xlabel="epoch", ylabel="validation, %", ylim=(0, 101), title=f"best {name} {best:.2f}")
-        for axes in (losses, accuracy):
-            axes.grid(alpha=0.3)
-            axes.legend()
-        # As UTF-8, whatever the locale takes the name for; and a $ is a $.
-        figure.suptitle(os.fsencode(self.path.name).decode("utf-8", "replace"), parse_math=False)
+        # As UTF-8, whatever the locale takes the name for.
+        title = os.fsencode(self.path.name).decode("utf-8", "replace")
+        figure = curves_of(self.points, self.metrics, title)
         replace_atomically(self.path / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
+
+    def ending(self, config, history):
+        """Lines that end a run: what it reached, where that lies, and what to type next."""
+        chosen, name = next(iter(self.metrics.items()))
+        best, weights = best_row(history, chosen, config.select), self.path / "best.pt"
+        which = "the last epoch, as the recipe has it," if config.select == "last" else "the best epoch"
+        data = ["--data", config.data] if config.data else []
+        shown = ["IMAGE"]
+        if config.data and Path(config.data).is_dir():  # no hf: or wds:
+            shown = [photographs_of(config.data, task_of(config.model), training=False)[0]]
+        script = sys.argv[0] if Path(sys.argv[0]).name == "run.py" else "run.py"
+        commands = [["eval", "--weights", str(weights), *data], ["predict", "--weights", str(weights), *shown]]
+        return [f"{which} is {best['epoch']} of {len(history)}: {name} {best[chosen]:.2f}, {weights}",
+                f"curves: {self.path / 'curves.png'}, log: {self.path / 'log.jsonl'}. Next:",
+                *(f"  python {shlex.join([script, *command])}" for command in commands)]
+
+
+def best_row(history, metric, select):
+    """The row of the epoch whose weights best.pt has. select: "best", by the metric, the first of equals, or "last"."""
+    best = history[-1]
+    for number, row in enumerate(history if select == "best" else ()):
+        # NaN, of nothing to find, is taken, too.
+        if not row[metric] <= max((earlier[metric] for earlier in history[:number]), default=-1.0):
+            best = row
+    return best
 
 
 def notes_of(split, dataset):
@@ -161,13 +172,18 @@ def replace_atomically(path, write, previous=None):
 
 
 def read_log(folder):
-    """The rows of a run's log.jsonl, dicts; none where there is no log. Left out are lines that a machine which stopped
-    did not write to their end: halves, and NULs."""
+    """The rows of a run's log.jsonl, dicts, see RunFolder.log; none where there is no log. Left out are lines that a
+    machine which stopped did not write to their end: halves, and NULs. Older logs have no kinds, and count the epochs
+    of steps from 0."""
     path, rows = Path(folder) / "log.jsonl", []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             row = json.loads(line)
-            rows += [row] if isinstance(row, dict) and "epoch" in row else []
+            if isinstance(row, dict) and "epoch" in row:
+                if "kind" not in row:
+                    of_step = "step" in row
+                    row = {"kind": "step" if of_step else "epoch", **row, "epoch": row["epoch"] + of_step}
+                rows.append(row)
     return rows
 
 

@@ -41,6 +41,7 @@ def make(config, may_exist=False):
                              f"continue it with --resume {path}, or name another folder")
         path.mkdir(parents=True, exist_ok=True)
         return str(path)
+    refuse_inputs("--out", RUNS.absolute(), config.data)
     number = 1
     while True:
         path = RUNS / (name_of(config) + (f"-{number}" if number > 1 else ""))
@@ -61,7 +62,8 @@ def refuse_inputs(option, out, data=None, files=()):
     if data is not None:
         data = Path(data)
         splits = ("train*", "val*", "test*", "images", "images/*", "annotations", "annotations/*")
-        read += [path for split in splits for path in data.glob(split)]
+        # Without any of these it is a folder per class, and what is new in it would be another class.
+        read += [path for split in splits for path in data.glob(split)] or [data]
         if _identity(out) == _identity(data) != 0:
             raise ValueError(f"{option} {out} is the folder of --data; nothing is written into it, name another one")
     resolved = Path(out).resolve()
@@ -153,6 +155,39 @@ def go_on(folder, saved, options):
     if younger:
         notes.append(f"the run is older than these options, which have their defaults: {', '.join(younger)}")
     return config, notes
+
+
+def refuse_other(config, saved):
+    """Raises ValueError when a run with configuration `saved` (a dict) cannot be continued under `config`.
+
+    A key that is younger than the run gets its default, with which the run was started -> lines that say so.
+    """
+    notes = []
+    for name in KEYS.keys() - saved.keys() - {*FREE}:
+        if getattr(config, name) != getattr(Config(), name):
+            setattr(config, name, getattr(Config(), name))
+            notes.append(f"{name} = {getattr(config, name)!r}, the default: the run is older than this option")
+    ours = to_dict(config)
+    other = [f"{name}: {saved[name]!r} -> {ours[name]!r}"
+             for name in KEYS if name not in FREE and name in saved and ours[name] != saved[name]]
+    if other:
+        raise ValueError("--resume: the run was started with another configuration, and would not end as it would "
+                         "have; start a new run, or give the old values. Different are " + ", ".join(other))
+    return sorted(notes)
+
+
+def refuse_other_classes(saved, found, where):
+    """Raises ValueError when the classes of a checkpoint, names in order, are not those `found` in the data.
+
+    where: what to call the data.
+    """
+    saved, found = list(map(str, saved)), list(map(str, found))
+    if saved == found:
+        return
+    other = [f"class {i} is {a!r} in the checkpoint, {b!r} in the data" for i, (a, b) in enumerate(zip(saved, found))
+             if a != b] or [f"the checkpoint has {len(saved)} classes, the data {len(found)}"]
+    raise ValueError(f"the classes of {where} are not those of the checkpoint, whose outputs would get other names: "
+                     f"{'; '.join(other[:3])}; expected the same names in the same order")
 
 
 def _plain(value):

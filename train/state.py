@@ -8,9 +8,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models import create_model, load_weights
-from train.config import model_overrides, refuse_other, refuse_other_classes, task_of, to_dict
+from train.config import model_overrides, task_of, to_dict
 from train.device import memory_format, precision
 from train.distributed import broadcast_buffers
+from train.runs import refuse_other, refuse_other_classes
 from train.schedule import decay_groups
 
 
@@ -21,6 +22,7 @@ class TrainingState:
     by wrap(). optimizer: AdamW. scaler: of the loss, for fp16. ema: moving average of the weights, or None. epoch: how
     many are finished, trained and evaluated; history: a dict for each of them. step: how many are made, of all epochs
     together; losses: of those of the epoch that is not finished; seconds: that these took, waiting: of them for data.
+    notes: on how it began.
     """
 
     def __init__(self, config, world, device, fresh=True):
@@ -31,6 +33,7 @@ class TrainingState:
         if (config.mix_token or config.token_labels) and not hasattr(self.model, "token_grid"):
             raise ValueError(f"mix_token and token_labels are for models with logits for every token, as VOLO; "
                              f"{config.model} has none")
+        self.notes = []
         if config.weights and fresh:
             self._start_from(config)
         if world > 1 and device.type == "cuda" and task_of(config.model) != "classification":
@@ -55,8 +58,8 @@ class TrainingState:
                 load_weights(self.model, config.weights, classifier=False)
             except ValueError:
                 raise error from None
-            raise ValueError(f"--weights {config.weights}: all of it fits but the classifier, which is not for the "
-                             f"{config.num_classes} classes of this run; --fresh-head starts with a new one") from error
+            self.notes.append(f"--weights {config.weights}: all of it fits but the classifier, which is not for the "
+                              f"{config.num_classes} classes of this run; a fresh one takes its place")
 
     def wrap(self):
         """torch.compile and DistributedDataParallel, last of all: they keep what they have seen of the model."""
