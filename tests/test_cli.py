@@ -114,14 +114,16 @@ def test_json_is_all_that_stdout_gets(tmp_path, monkeypatch, capsys):
     assert found["options"]["lr"] and found["published"]["lr"]
 
 
-def test_train_photos_with_the_paper_recipe_and_eval(tmp_path, photos):
+def test_train_photos_with_the_paper_recipe_and_what_is_typed_next(tmp_path, photos, monkeypatch, capsys):
     given = ["--attn", "elsa", "--data", photos, "--workers", "1"]
     out = succeed(tmp_path, "train", "swin_t", *given, *TINY, "--recipe", "swin_t", "--out", "mine", "--verbose")
     assert "recipe swin_t" in out and "randaugment: 9.0" in out
     commands = [shlex.split(line) for line in out.splitlines() if line.startswith("  python ")]
     assert [command[2] for command in commands] == ["eval", "predict"]
-    assert "12 images" in succeed(tmp_path, *commands[0][2:], "--workers", "1")
-    assert "12/12" in succeed(tmp_path, *commands[1][2:], "--workers", "1")
+    monkeypatch.chdir(tmp_path)
+    assert main([*commands[0][2:], "--workers", "1"]) == main(commands[1][2:]) == 0
+    out = capsys.readouterr().out
+    assert "12 images" in out and "3 classes" in out and "12/12" in out
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -305,7 +307,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     (["train", "swin_t", "--recipe", "here/config.yaml", "--out", "here"], "would write over here/config.yaml"),
     (["train", "swin_t", "--data", "photos", "--out", "photos", "--epochs", "1", *TINY], "is the folder of --data"),
     (["train", "swin_t", "--data", "photos", "--out", "photos/train/new", *TINY], "would write over photos/train"),
-    (["train", "swin_t", "--data", "photos/train", "--out", "photos/train/new", *TINY], "write over photos/train"),
+    (["train", "--data", "photos/train", "--out", "photos/train/new", *TINY, "--batch-size", "4"], "over photos/train"),
     (["train", "swin_t", *TINY, "--weights", "here/best.pt", "--out", "here", "--limit", "8"], "would write over here"),
     (["compare", "swin_t", "--data", "photos", "--out", "photos/val/cat", "--set", "num_classes=2"], "over photos/val"),
     (["train", "swin_t", "--seed", "1e99"], "seed = "),

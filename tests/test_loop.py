@@ -91,7 +91,7 @@ def test_a_run_without_the_younger_keys_goes_on_with_their_defaults(tmp_path, ca
     for name in ("cooldown_epochs", "select", "lr_per"):
         del saved["config"][name]
     torch.save(saved, out / "last.pt")
-    train(tiny(out=str(out), epochs=1, select="last"), resume=True)
+    train(tiny(out=str(out), epochs=1, select="last", verbose=True), resume=True)
     printed = capsys.readouterr().out
     assert "select = 'best', the default: the run is older than this option" in printed and "select: best" in printed
 

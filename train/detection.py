@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from train import data, scenes
 from train.coco_folder import CocoFolder, run_lengths
 from train.device import autocast
+from train.layout import scarce
 from train.photographs import fit_size, resize, to_tensor
 
 MAX_RATIO = 5 / 3  # the long side, at most, in short sides: 1333 for 800
@@ -135,6 +136,14 @@ def left_out(folder, used, config):
             for what, parts in (("photographs:", photographs), ("objects:", objects)) if parts]
 
 
+def photographs_with(folder):
+    """{name of a class: how many photographs of a CocoFolder have objects of it}"""
+    image = torch.arange(len(folder)).repeat_interleave(folder.starts.diff())
+    pairs = torch.stack([folder.labels, image], 1).unique(dim=0)
+    counts = torch.bincount(pairs[:, 0], minlength=len(folder.classes))
+    return dict(zip(folder.classes, counts.tolist()))
+
+
 class AugmentedPhotographs(Dataset):
     """Photographs with annotations, as published also those with crowds alone, for training; keys (epoch, index).
 
@@ -148,7 +157,7 @@ class AugmentedPhotographs(Dataset):
         self.indices = usable.nonzero()[:config.limit, 0]
         # Photographs of one orientation make a batch, so that little is padded.
         self.groups = (folder.widths > folder.heights)[self.indices].int()
-        self.notes = left_out(folder, self.indices.numpy(), config) + folder.notes
+        self.notes = left_out(folder, self.indices.numpy(), config) + folder.notes + scarce(photographs_with(folder))
 
     def __len__(self):
         return len(self.indices)
