@@ -224,12 +224,12 @@ def test_empty_maps(name, shape):
     (torch.float32, torch.float32, True), (torch.bfloat16, torch.float32, True), (torch.float64, torch.float64, True)],
     ids=str)
 def test_both_paths_take_the_same_dtypes_and_round_sums_once(name, dtype, parameters, autocast):
-    """A bias of the layout of a column is as good as another."""
+    """A bias that is a column of a matrix is as good as another."""
     projection, (weight, bias), grad = problem(6, dtype=dtype)
     weight, bias = weight.to(parameters), bias.to(parameters)
     result = torch.bfloat16 if autocast and dtype != torch.float64 else dtype
     with backend(name) as device:
-        leaves = [x.to(device).requires_grad_() for x in (projection, weight, bias[:, None].expand(-1, 2)[:, 0])]
+        leaves = [x.to(device).requires_grad_() for x in (projection, weight, torch.stack([bias, bias], 1)[:, 0])]
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             z = hadamard(leaves[0][..., :12], leaves[0][..., 12:24], *leaves[1:])
         assert z.dtype == result
