@@ -38,9 +38,8 @@ def expected(projection, parameters, grad, scale, dilation):
 def ours(projection, parameters, grad, scale, dilation, device):
     projection, weight, bias = leaves = [x.to(device).requires_grad_() for x in (projection, *parameters)]
     Q = weight.shape[0]
-    cast = lambda x: x.to(projection.dtype) if device.type == "cpu" else x
     q, k = projection[..., :Q], projection[..., Q:2 * Q]
-    z = hadamard(q, k, cast(weight), cast(bias), scale=scale, dilation=dilation)
+    z = hadamard(q, k, weight, bias, scale=scale, dilation=dilation)
     return [x.cpu().double() for x in (z, *torch.autograd.grad(z, leaves, grad.to(device)))]
 
 
@@ -162,11 +161,83 @@ def test_nan_stays_in_its_block_of_channels():
         assert torch.equal(dirty, right)
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(q=(1, 4, 5, 8)), "q, k: got shapes"), (dict(weight=(12, 5, 3, 3)), "a width that divides 12"),
-    (dict(weight=(12, 4, 2, 2)), "an odd k"), (dict(weight=(12, 4, 3, 5)), "weight: got shape"),
-    (dict(bias=(11,)), r"bias: got shape \(11,\)")])
-def test_mistakes_are_named(change, words):
-    shapes = {**dict(q=(1, 4, 5, 12), k=(1, 4, 5, 12), weight=(12, 4, 3, 3), bias=(12,)), **change}
-    with pytest.raises(ValueError, match=words):
-        hadamard(*(torch.zeros(shapes[name]) for name in ("q", "k", "weight", "bias")))
+SHAPES = dict(q=(1, 4, 5, 12), k=(1, 4, 5, 12), weight=(12, 4, 3, 3), bias=(12,))
+of = lambda dtype, *names: {name: torch.zeros(SHAPES[name], dtype=dtype) for name in names}
+
+
+@pytest.mark.parametrize("change, error, words", [
+    (dict(q=torch.zeros(1, 4, 5, 8)), ValueError, "q, k: got shapes"),
+    (dict(q=torch.zeros(4, 5, 12), k=torch.zeros(4, 5, 12)), ValueError, "q, k: got shapes"),
+    (dict(weight=torch.zeros(12, 5, 3, 3)), ValueError, "a width that divides 12"),
+    (dict(weight=torch.zeros(12, 0, 3, 3)), ValueError, r"weight: got shape \(12, 0, 3, 3\)"),
+    (dict(weight=torch.zeros(12, 4, 2, 2)), ValueError, "an odd k"),
+    (dict(weight=torch.zeros(12, 4, 3, 5)), ValueError, "weight: got shape"),
+    (dict(bias=torch.zeros(11)), ValueError, r"bias: got shape \(11,\)"),
+    (dict(bias=None), TypeError, "bias: got NoneType, expected a torch.Tensor"),
+    (dict(q=[1]), TypeError, "q: got list"),
+    (dict(dilation=0), ValueError, "dilation: got 0, expected at least 1"),
+    (dict(dilation=-1), ValueError, "dilation: got -1"),
+    (dict(dilation=1.0), TypeError, "dilation: got 1.0, expected an integer"),
+    (dict(dilation=True), TypeError, "dilation: got True"),
+    (dict(scale=float("inf")), ValueError, "scale: got inf, expected a finite number"),
+    (dict(scale=torch.tensor(2.0)), TypeError, r"scale: got tensor\(2.\), expected a number"),  # it would get no gradient
+    (of(torch.int64, "q", "k"), TypeError, r"q: got dtype torch.int64, expected .*convert it with .to\(torch.float32\)"),
+    (of(torch.bfloat16, "q"), TypeError, "k: got dtype torch.float32, expected torch.bfloat16 beside q of torch.bfloat16"),
+    (of(torch.float64, "weight"), TypeError, "weight: got dtype torch.float64, expected torch.float32 beside q"),
+    (of(torch.bfloat16, "bias"), TypeError, "bias: got dtype torch.bfloat16"),
+    (dict(weight=torch.zeros(12, 4, 3, 3, device="meta")), ValueError,
+     "weight: got a tensor on meta, expected q's device cpu")])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_mistakes_are_named(name, change, error, words):
+    with backend(name), pytest.raises(error, match=words):
+        hadamard(**{**of(torch.float32, *SHAPES), **change})
+
+
+def test_samples_past_32_bit_offsets_are_refused():
+    """Of q, of k, or of what the kernels make of them: whole blocks of channels, with zeros around the image."""
+    meta = lambda *shape: torch.empty(shape, device="meta")
+    parameters = meta(2, 2, 3, 3), meta(2)
+    with pytest.raises(ValueError, match=r"q: got \(33000, 33000, 2\) a sample, expected fewer than 2\*\*31"):
+        hadamard(meta(1, 33000, 33000, 2), meta(1, 33000, 33000, 2), *parameters)
+    sparse = torch.empty(2 ** 32, device="meta").as_strided((1, 2, 2, 2), (8, 2 ** 31 - 2, 1, 1))
+    with pytest.raises(ValueError, match=r"k: got \(2, 2, 2\) a sample"):
+        hadamard(meta(1, 2, 2, 2), sparse, *parameters)
+    with pytest.raises(ValueError, match=r"q: got \(12000, 12000, 2\) a sample"):
+        hadamard(meta(1, 12000, 12000, 2), meta(1, 12000, 12000, 2), *parameters)
+    assert hadamard(meta(9, 11000, 11000, 2), meta(9, 11000, 11000, 2), *parameters).shape == (9, 11000, 11000, 2)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 4, 5, 12), (1, 0, 5, 12), (2, 4, 0, 12)])
+def test_empty_maps(name, shape):
+    with backend(name) as device:
+        leaves = [torch.zeros(size, device=device, requires_grad=True) for size in (shape, shape, (12, 4, 3, 3), (12,))]
+        z = hadamard(*leaves)
+        assert z.shape == shape
+        for leaf, grad in zip(leaves, torch.autograd.grad(z.sum(), leaves)):
+            assert grad.shape == leaf.shape and not grad.any()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype, parameters, autocast", [
+    (torch.bfloat16, torch.float32, False), (torch.float16, torch.float16, False), (torch.float64, torch.float32, False),
+    (torch.float32, torch.float32, True), (torch.bfloat16, torch.float32, True), (torch.float64, torch.float64, True)],
+    ids=str)
+def test_both_paths_take_the_same_dtypes_and_round_sums_once(name, dtype, parameters, autocast):
+    """A bias that is a column of a matrix is as good as another."""
+    projection, (weight, bias), grad = problem(6, dtype=dtype)
+    weight, bias = weight.to(parameters), bias.to(parameters)
+    result = torch.bfloat16 if autocast and dtype != torch.float64 else dtype
+    with backend(name) as device:
+        leaves = [x.to(device).requires_grad_() for x in (projection, weight, torch.stack([bias, bias], 1)[:, 0])]
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            z = hadamard(leaves[0][..., :12], leaves[0][..., 12:24], *leaves[1:])
+        assert z.dtype == result
+        results = z, *torch.autograd.grad(z, leaves, grad.to(device, result))
+    wanted = expected(projection.to(result), [weight, bias], grad.to(result), 1.0, 1)
+    eps = torch.finfo(result).eps
+    for want, got, leaf in zip(wanted, results, (z, *leaves)):
+        assert got.dtype == leaf.dtype
+        # The kernels round q * k, weight and u, too; torch, in float32, the result alone.
+        factor = 1 if name == "cpu" and result != torch.float64 else 4
+        assert (got.cpu().double() - want).abs().max() <= factor * eps * want.abs().max() + 2e-5, leaf.shape
