@@ -9,6 +9,8 @@
     python run.py train swin_t --attn elsa --resume                 continue the newest run of this name
     python run.py eval swin_t --attn elsa --weights FILE --data DIR
     python run.py predict upernet_swin_t --weights FILE IMAGE...    what the model sees, drawn into the images
+    python run.py predict swin_t --weights FILE --show attention --at 120,80 IMAGE     what this pixel attends to
+    python run.py export swin_t --weights FILE --out model.onnx     a file that runs without this project; .pt2 too
     python run.py info swin_t --attn elsa                           parameters, multiply-adds and memory, layer by layer
     python run.py compare swin_t --attn window,dwconv,elsa          kinds of attention, trained alike, in one table
     python run.py bench                                             operator, layer and model timings of this machine
@@ -17,7 +19,9 @@
 """
 import contextlib
 import difflib
+import importlib.metadata
 import os
+import platform
 import re
 import sys
 import traceback
@@ -25,7 +29,31 @@ from pathlib import Path
 
 from train import cores
 
+VERSION = "0.1.0"
+
 cores.settle_threads()  # before torch is imported
+
+START = """ELSA, enhanced local self-attention (arXiv 2112.12786): train, evaluate, look at, export models.
+
+Try first, without any data: rendered scenes, minutes on a laptop
+    python run.py train swin_t --attn elsa
+    python run.py eval --weights runs/swin_t-elsa-scenes
+    python run.py info swin_t --attn elsa
+Then your own photographs: DIR/train and DIR/val with a folder for each class
+    python run.py train swin_t --attn elsa --data DIR
+    python run.py predict --weights runs/swin_t-elsa-DIR IMAGE...
+    python run.py predict --weights runs/swin_t-elsa-DIR --show attention --at 120,80 IMAGE
+
+Models                                                   --attn
+    classify    swin_t, swin_s, swin_b                   window, elsa, dwconv, ddf, ...
+                volo_d1 to volo_d5                       outlook, elsa, ...
+    segment     upernet_swin_t, _s, _b                   as swin
+    detect      mask_rcnn_swin_t, _s, _b                 as swin
+                cascade_mask_rcnn_swin_t, _s, _b         as swin
+
+Commands: train, eval, predict, export (pt2, ONNX, safetensors), info, compare (kinds of attention),
+bench (this machine). `python run.py help` shows examples, `python run.py COMMAND --help` the
+options, `python run.py train MODEL --help` those of a model with their values."""
 
 
 def train(argv):
@@ -54,6 +82,11 @@ def predict(argv):
     return main(argv)
 
 
+def export(argv):
+    from eval.export import main
+    main(argv)
+
+
 def info(argv):
     from eval.info import main
     main(argv)
@@ -69,7 +102,8 @@ def bench(argv):
     main(argv)
 
 
-COMMANDS = {"train": train, "eval": evaluate, "predict": predict, "info": info, "compare": compare, "bench": bench}
+COMMANDS = {"train": train, "eval": evaluate, "predict": predict, "export": export, "info": info, "compare": compare,
+            "bench": bench}
 MISTAKES = (ValueError, OSError, FloatingPointError, OverflowError)  # what is raised for a user's or the machine's
 
 
@@ -115,14 +149,31 @@ def several_ranks():
 
 def run(argv):
     """Runs one command -> exit status, None: 0. Raises ValueError for one that there is not."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv:
+        print(START)
+        return None
+    if argv[0] in ("-h", "--help", "help"):
         print(__doc__.strip())
+        return None
+    if argv[0] == "--version":
+        print(version())
         return None
     if argv[0] not in COMMANDS:
         nearest = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise ValueError(f"unknown command {argv[0]!r}{hint} There is: {', '.join(COMMANDS)}")
     return COMMANDS[argv[0]](argv[1:])
+
+
+def version():
+    """Of this project, and of what its results depend on most."""
+    found = [f"elsa {VERSION}"]
+    for package in ("torch", "triton"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{package}: none")
+    return ", ".join([*found, f"Python {platform.python_version()}"])
 
 
 def message_of(error):

@@ -12,6 +12,7 @@ from train import data, segmentation
 from train.ade_folder import IGNORED, named_classes
 from train.device import autocast
 from train.distributed import max_over_ranks, sum_over_ranks
+from train.progress import rate_of
 from train.run_folder import replace_atomically
 
 METRICS = {"miou": "mIoU", "mean_accuracy": "mean accuracy", "pixel_accuracy": "pixel accuracy"}  # per cent
@@ -36,23 +37,23 @@ def dataset(config, classes, multi_scale=False):
 
 
 def loader(dataset, batch_size, rank, world, workers):
-    """Every photograph once over all ranks, one at a time, whatever the batch size: their sizes differ."""
-    return data.validation_loader(dataset, None, rank, world, workers)
+    """Every photograph once over all ranks, in lists of at most `batch_size` whose views are of the same sizes."""
+    return data.validation_loader(dataset, batch_size, rank, world, workers, by_shape=True)
 
 
 def evaluate(model, loader, device, amp="none", dump=None):
     """Scores of a segmenter over all ranks, each of which brings its part of the photographs in `loader`.
 
-    loader: yields (views, labels (H, W), name), see predict(). dump: folder for the predictions, PNGs where 1 is the
-    first class. Returns scores(), "loss": mean cross-entropy of the labelled pixels, "images", and "seconds" of the
-    slowest rank.
+    loader: yields lists of (views, labels (H, W), name), see predict(). dump: folder for the predictions, PNGs where 1
+    is the first class. Returns scores(), "loss": mean cross-entropy of the labelled pixels, "images", and "seconds" of
+    the slowest rank.
     """
     matrix, loss, images, start = None, 0.0, 0, time.perf_counter()
     with evaluating(model):
-        for views, labels, name in loader:
+        for views, labels, name, coarse in with_logits(model, loader, device, amp):
             labels = labels.to(device)
             predicted = torch.empty_like(labels)
-            for rows, probabilities in predict(model, views, labels.shape, device, amp):
+            for rows, probabilities in strips(views, coarse, labels.shape):
                 num_classes, predicted[rows] = len(probabilities), probabilities.argmax(0)
                 log = probabilities.clamp_min(1e-12).log()[None]
                 of_pixels = F.nll_loss(log, labels[None, rows], ignore_index=IGNORED, reduction="none")
@@ -81,22 +82,51 @@ def table(result, classes):
         lines.append(f"{name:<24.24} {iou:>7.2f} {accuracy:>9.2f}")
     lines.append(f"mIoU {result['miou']:.2f}  mean accuracy {result['mean_accuracy']:.2f}  "
                  f"pixel accuracy {result['pixel_accuracy']:.2f}  {result['images']} images  "
-                 f"{result['images'] / result['seconds']:.2f} images/s")
+                 f"{rate_of(result['images'] / result['seconds'])} images/s")
     return "\n".join(lines)
 
 
 def predict(model, views, size, device="cpu", amp="none"):
-    """Mean over the views of the classes' probabilities, strip after strip of the photograph: yields (slice of its
-    rows, (classes, rows, W) float32). All at once they would take 600 MB a megapixel.
+    """Mean over the views of the classes' probabilities, strip after strip of the photograph, see strips().
 
-    views: [(image (3, h, w) float32, whether it is mirrored), ...]. size: (H, W) of the photograph. As published,
-    logits are resized to a view's size and then to the photograph's, before the softmax.
+    views: [(image (3, h, w) float32, whether it is mirrored), ...]. size: (H, W) of the photograph.
+    """
+    return strips(views, coarse_logits(model, [image for image, _ in views], device, amp), size)
+
+
+def with_logits(model, loader, device, amp):
+    """Of every photograph in the lists of `loader`: views, labels, name, coarse_logits() of the views."""
+    for samples in loader:
+        images = [image for views, _, _ in samples for image, _ in views]
+        coarse = iter(coarse_logits(model, images, device, amp, len(samples)))
+        for views, labels, name in samples:
+            yield views, labels, name, [next(coarse) for _ in views]
+
+
+def coarse_logits(model, images, device, amp, most=1):
+    """[(1, classes, h / 4, w / 4), ...] of images (3, h, w) float32. Those of one size go through the model together,
+    at most `most`, which changes what it gives by rounding alone."""
+    of_size, coarse = {}, [None] * len(images)
+    for place, image in enumerate(images):
+        of_size.setdefault(image.shape, []).append(place)
+    for places in of_size.values():
+        for chosen in (places[first:first + most] for first in range(0, len(places), most)):
+            batch = torch.stack([images[place] for place in chosen]).to(device, non_blocking=True)
+            with autocast(torch.device(device), amp):
+                logits = model(batch, coarse=True)
+            for place, own in zip(chosen, logits.split(1)):
+                coarse[place] = own
+    return coarse
+
+
+def strips(views, coarse, size):
+    """Mean over the views of the classes' probabilities: yields (slice of rows, (classes, rows, W) float32). All rows
+    at once would take 600 MB a megapixel.
+
+    coarse: logits of each view. As published they are resized to the view's size and then to the photograph's, (H, W),
+    before the softmax.
     """
     H, W = size
-    coarse = []
-    for image, _ in views:
-        with autocast(torch.device(device), amp):
-            coarse.append(model(image[None].to(device, non_blocking=True), coarse=True))
     step = max(1, STRIP // (coarse[0].shape[1] * W))
     for top in range(0, H, step):
         rows = slice(top, min(top + step, H))

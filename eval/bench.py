@@ -9,15 +9,17 @@ import importlib.metadata
 import platform
 import re
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 
-from eval import bench_input, bench_report, providers
+from eval import bench_input, bench_report, printed_as_json, providers
 from eval.providers import CHECKED, CHECKED_IMAGES, COMPILED, DTYPES, LEVELS, MODELS, cases, default_batch_size
 from kernels import backend, tuning
 from train.command_line import Parser
+from train.progress import Remaining
 
 MAX_RUN_TIME = 10.0  # seconds after which a row is repeated no more
 
@@ -26,6 +28,8 @@ MAX_RUN_TIME = 10.0  # seconds after which a row is repeated no more
 
 def main(argv):
     args, device, dtype, benchmarks = parse(argv)
+    if args.json:
+        return printed_as_json(lambda: time_all(args, device, dtype, benchmarks))
     if args.compile_only:
         if not backend.HAS_TRITON:
             raise ValueError("--compile-only: triton, which compiles the kernels, is not installed; there are packages "
@@ -36,6 +40,15 @@ def main(argv):
         return tune(device, dtype)
     if args.level == ["input"]:
         return bench_input.main(args, device, environment(device))
+    time_all(args, device, dtype, benchmarks)
+    return None
+
+
+def time_all(args, device, dtype, benchmarks):
+    """Measures, prints and writes what main() was asked for -> the report, a dict."""
+    print(f"bench {', '.join(dict.fromkeys(level for level, *_ in benchmarks))} of "
+          f"{', '.join(dict.fromkeys(name for _, name, _ in benchmarks))} on {device}, made-up numbers in "
+          f"{str(dtype).removeprefix('torch.')}, to {args.out}, .md and .png", flush=True)
     bench_report.check_out(args.out)
     report = {
         **environment(device),
@@ -46,8 +59,8 @@ def main(argv):
         "rows": [],
     }
     print(bench_report.heading(report), flush=True)
-    last_level = None
-    for level, name, shape in benchmarks:
+    last_level, remaining = None, Remaining(2 * len(benchmarks), unit=None)
+    for number, (level, name, shape) in enumerate(benchmarks):
         if level != last_level:
             print(f"\n{level}\n{bench_report.line(bench_report.COLUMNS)}\n{bench_report.RULE}", flush=True)
             last_level = level
@@ -56,8 +69,12 @@ def main(argv):
                 report["rows"].append(row)
                 print(bench_report.line(bench_report.cells(row)), flush=True)
             bench_report.write(report, args.out)  # each time: it may be stopped
+            done = 2 * number + 1 + backward
+            if left := remaining.after(done):
+                print(f"{done} of {2 * len(benchmarks)} measured,{left}", file=sys.stderr, flush=True)
     bench_report.write_plot(report, args.out)
     print(f"written: {args.out}, and beside it .md and .png")
+    return report
 
 
 def argument_parser():
@@ -81,6 +98,7 @@ def argument_parser():
     add("--compile", action=argparse.BooleanOptionalAction, default=None,
         help="the rows that need torch.compile, half a minute each; default: on a GPU")
     add("--out", type=Path, default=Path("runs/bench.json"), help="where the JSON goes")
+    add("--json", action="store_true", help="the report on stdout, too, one JSON object, and all else on stderr")
     add("--compile-only", action="store_true",
         help="compile the kernels for --arch, a GPU that need not be there; time nothing")
     add("--arch", default="sm_90", help="of --compile-only")
@@ -111,6 +129,8 @@ def parse(argv):
         if len(args.level) > 1:
             raise ValueError(f"--level: got {' '.join(args.level)}; input is measured by itself")
         return args, device, None, []
+    if args.json and (args.compile_only or args.tune):
+        raise ValueError("--json is for timings; --compile-only and --tune make none")
     levels = args.level or (list(LEVELS) if gpu else ["operator", "layer"])
     shapes = args.shapes or (list(providers.SHAPES) if gpu else ["swin_t", "volo_d1"])
     benchmarks = [(level, *case) for level in levels for case in cases(level, shapes)]

@@ -17,6 +17,7 @@ from eval.tasks import task_of
 from models.info import info
 from train.command_line import Parser
 from train.config import KEYS, family_of, model_overrides, recipe_path, resolve, to_dict
+from train.progress import Remaining, rate_of
 from train.run_folder import read_log, replace_atomically
 from train.runs import name_of_data, refuse_inputs
 
@@ -87,10 +88,12 @@ class Comparison:
         runs = [(attn, seed) for seed in range(self.seeds) for attn in self.attns]
         print(f"compare {', '.join(self.attns)} in {self.config.model}, {self.seeds} seeds, {self.config.epochs} "
               f"epochs on {self.config.data or 'rendered scenes'}: {len(runs)} runs in {self.folder}/", flush=True)
-        failed = []
+        failed, missing = [], [run for run in runs if len(self.history(*run)) < self.config.epochs]
+        remaining, trained = Remaining(len(missing), unit=None), 0
         for number, (attn, seed) in enumerate(runs, 1):
             start, history = time.perf_counter(), self.history(attn, seed)
             if len(history) < self.config.epochs:
+                trained += 1
                 if self.train(attn, seed):
                     failed.append((attn, seed))
                 history = self.history(attn, seed)
@@ -99,7 +102,8 @@ class Comparison:
                 reached = f"{self.metric_name} {history[-1][self.metric]:.2f} after {len(history)} epochs"
             failure = f"  FAILED, see {self.path(attn, seed)}.txt" if (attn, seed) in failed else ""
             seconds = time.perf_counter() - start
-            print(f"run {number}/{len(runs)}  {attn}, seed {seed}: {reached}, {seconds:.0f} s{failure}", flush=True)
+            print(f"run {number}/{len(runs)}  {attn}, seed {seed}: {reached}, {seconds:.0f} s{failure}"
+                  f"{remaining.after(trained)}", flush=True)
             result = self.write()
         print(self.table(result))
         if failed:
@@ -160,7 +164,8 @@ class Comparison:
                  "|---|--:|--:|--:|--:|--:|--:|--:|"]
         for row in result["rows"]:
             cells = (row["attn"], shown(row["mean"], "{:.2f}"), shown(row["spread"], "{:.2f}"), row["runs"],
-                     f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f} M", shown(row["images_per_s"], "{:.0f}"),
+                     f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f} M",
+                     rate_of(row["images_per_s"]) if row["images_per_s"] else "",
                      shown(row["memory"] and row["memory"] / 2 ** 30, "{:.2f} GB"))
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         lines += ["", "After the last epoch, on the validation images; spread is the standard deviation over seeds. "

@@ -3,12 +3,17 @@ import math
 import tempfile
 from pathlib import Path
 
-from eval.options import load_model, make_parser, settle
+from eval import printed_as_json
+from eval.options import load_model, make_parser, settle, weights_file
 from eval.tasks import TASKS, task_of
 from train.data import num_workers
 from train.distributed import join_ranks, leave_ranks
+from train.progress import Watched
 from train.run_folder import naming, notes_of
 from train.runs import refuse_inputs
+
+# Photographs that a segmenter or detector is shown at a time, without --batch-size: on a CPU more take more memory.
+PER_RANK = {"cuda": 4, "cpu": 1}
 
 
 def main(argv):
@@ -19,15 +24,20 @@ def main(argv):
     parser.add_argument("--dump", metavar="PATH",
                         help="segmenters: folder for the predictions, PNGs where 1 is the first class; detectors: file "
                              "for the detections, COCO's results JSON")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
     given = vars(parser.parse(argv))
-    weights, multi_scale, dump = (given.pop(name) for name in ("weights", "multi_scale", "dump"))
+    weights, multi_scale, dump, as_json = (given.pop(name) for name in ("weights", "multi_scale", "dump", "json"))
+    weights = weights and weights_file(weights)
     config, classes = settle(given, weights)
     for option, wanted, offered in (("--multi-scale", multi_scale, "MULTI_SCALE"), ("--dump", dump, "DUMPS")):
         able = [f"{task.model}s" for task in TASKS.values() if getattr(task.evaluation, offered)]
         task = task_of(config.model)
         if wanted and f"{task.model}s" not in able:
             raise ValueError(f"{option} is for {' and '.join(able)}; {config.model} is a {task.model}")
-    return run(config, weights, classes, multi_scale, dump)
+    if not as_json:
+        return run(config, weights, classes, multi_scale, dump)
+    return printed_as_json(lambda: {"model": config.model, "attn": config.attn, "weights": weights, "data": config.data,
+                                    **run(config, weights, classes, multi_scale, dump)})
 
 
 def run(config, weights, classes, multi_scale=False, dump=None):
@@ -48,8 +58,6 @@ def run(config, weights, classes, multi_scale=False, dump=None):
             if evaluation.DUMPS == "folder" and config.num_classes > 255:
                 raise ValueError(f"--dump: {config.num_classes} classes; expected at most 255, which fit into PNGs of "
                                  "8 bits from 1 on")
-        model = load_model(config, weights).to(device)
-        loader = evaluation.loader(dataset, math.ceil(config.batch_size / world), rank, world, num_workers(config))
         if rank == 0:
             size = "at" if task.model == "classifier" else "short side"
             views = ", 6 scales, each mirrored too" if multi_scale else ""
@@ -59,6 +67,10 @@ def run(config, weights, classes, multi_scale=False, dump=None):
                   f"{config.num_classes} classes, {world} x {device}", flush=True)
             for note in notes_of("validation", dataset):
                 print("  " + note, flush=True)
+        model = load_model(config, weights).to(device)
+        per_rank = math.ceil(config.batch_size / world) if config.batch_size else PER_RANK[device.type]
+        loader = evaluation.loader(dataset, per_rank, rank, world, num_workers(config))
+        loader = Watched(loader, len(dataset), rank)
         result = evaluation.evaluate(model, loader, device, config.amp, dump)
         if rank == 0:
             print(evaluation.table(result, classes))

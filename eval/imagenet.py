@@ -9,6 +9,7 @@ from eval import evaluating
 from train import classification, data
 from train.device import autocast, to_device
 from train.distributed import max_over_ranks, sum_over_ranks
+from train.progress import rate_of
 
 METRICS = {"top1": "top-1", "top5": "top-5"}  # per cent; by the first, the best epoch is chosen
 DUMPS, MULTI_SCALE = None, False  # what `run.py eval` can be asked for
@@ -67,7 +68,7 @@ def evaluate(model, loader, device, amp="none", dump=None):
 def table(result, classes):
     """The scores as text: one line."""
     return (f"top-1 {result['top1']:.2f}  top-5 {result['top5']:.2f}  {result['images']} images  "
-            f"{result['images'] / result['seconds']:.1f} images/s")
+            f"{rate_of(result['images'] / result['seconds'])} images/s")
 
 
 def class_indices(folders, classes, num_classes):

@@ -1,17 +1,19 @@
 """Options of `run.py eval` and `run.py predict`: the command line over the checkpoint's configuration."""
 import argparse
+import json
 import os
 from pathlib import Path
 
 import torch
 
-from models import create_model, load_weights
+from models import create_model, load_weights, published
 from train import config as configuration
 from train.command_line import Parser
 
 # Taken from a checkpoint.
 TRAINED = ("attn", "img_size", "crop_pct", "num_classes", "patch_size", "window_size", "model_args", "seed", "masks",
            "exif", "zero_label")
+MODEL_OPTIONS = ("attn", "img_size", "num_classes", "patch_size", "window_size", "model_args")
 OPTIONS = TRAINED + ("data", "val_limit", "batch_size", "device", "amp", "workers")
 
 
@@ -25,7 +27,8 @@ def make_parser(prog, description, images=False):
     else:
         parser.add_argument("model", nargs="?", default=None, help=of_model)
     parser.add_argument("--weights",
-                        help="checkpoint of this project or published weights; default: none, an untrained model")
+                        help="checkpoint of this project or of others, folder of a run, or `published`: what the "
+                             "authors published for this model, see `run.py info --published`; default: none")
     parser.add_keys(OPTIONS)
     parser.add_argument("--limit", dest="val_limit", default=argparse.SUPPRESS, metavar="VAL_LIMIT",
                         help="the same as --val-limit")
@@ -60,7 +63,8 @@ def settle(options, weights, photographs=False):
         recipe = configuration.recipe_path(options["model"], photographs or options.get("data"),
                                             attn=options.get("attn"))
         saved = configuration.read_recipe(recipe) if recipe.exists() else {}
-    config = configuration.Config(batch_size=128)
+    task = configuration.task_of(options["model"])
+    config = configuration.Config(batch_size=128 if task == "classification" else None)
     for name, value in [(name, saved[name]) for name in TRAINED if name in saved] + list(options.items()):
         setattr(config, name, configuration.cast(name, value))
     configuration.check(config)
@@ -77,16 +81,32 @@ def load_model(config, weights):
     return load_weights(model, weights) if weights else model
 
 
+def weights_file(path):
+    """What --weights names: a file, or the best checkpoint in the folder of a run. Raises FileNotFoundError."""
+    path = Path(path)
+    if not path.is_dir():
+        return str(path)
+    if not (path / "best.pt").is_file():
+        raise FileNotFoundError(f"--weights {path}: no best.pt in this folder; expected that of a finished run, or a "
+                                "file")
+    return str(path / "best.pt")
+
+
 def checkpoint_facts(path):
     """(configuration, class names) inside a checkpoint of train.loop; ({}, None) for any other file, which load_weights
     judges. Raises FileNotFoundError where there is none."""
+    if published.is_name(path):
+        return {}, None
     if not Path(path).exists():
         raise FileNotFoundError(f"--weights: no checkpoint at {path}")
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"--weights: {path} is a folder; expected a file, as {Path(path) / 'best.pt'}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # torch maps no file whose name is not UTF-8
-            checkpoint = torch.load(path, map_location="cpu", mmap=str(path).isascii(), weights_only=True)
+        if str(path).endswith(".safetensors"):  # as run.py export writes it
+            from safetensors import safe_open
+            with safe_open(path, "pt") as file:
+                checkpoint = {key: json.loads(file.metadata()[key]) for key in ("config", "classes")}
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # torch maps no file whose name is not UTF-8
+                checkpoint = torch.load(path, map_location="cpu", mmap=str(path).isascii(), weights_only=True)
         saved, classes = dict(checkpoint["config"]), list(checkpoint["classes"])
     except Exception:
         return {}, None

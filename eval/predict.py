@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval import ade20k, coco, imagenet
+from eval import ade20k, attention_maps, class_names, coco
 from eval.drawing import colour, draw_label_map, draw_objects, with_legend
-from eval.options import load_model, make_parser, settle
+from eval.options import load_model, make_parser, settle, weights_file
 from eval.tasks import TASKS
 from models import list_models
 from train import detection, segmentation
@@ -21,15 +21,16 @@ from train.config import task_of
 from train.device import autocast, to_device
 from train.distributed import join_ranks
 from train.photographs import load_image, suffixes, visible_files
+from train.progress import Remaining
 from train.run_folder import replace_atomically
 from train.runs import refuse_inputs
 
-DRAWN = 0.3  # score from which on a detection is drawn
+DRAWN, AT_MOST = 0.3, 30  # detections that are drawn: from which score on, how many
 
 
 def main(argv):
     """-> exit status: 0, or 1 where photographs could not be read; these are named at the end."""
-    given, weights, images, out = parse(argv)
+    given, weights, images, out, maps = parse(argv)
     config, classes = settle(given, weights, photographs=True)
     task = task_of(config.model)
     predict = {"classification": classify, "segmentation": segment, "detection": detect}[task]
@@ -39,11 +40,15 @@ def main(argv):
     places = results_of(images, out)
     _, _, device = join_ranks(config.device)
     config.num_classes = config.num_classes or (len(classes) if classes else None)
+    print(f"predict {config.model}, attn {config.attn or 'default'}, {weights}\n  {len(images)} photographs at "
+          f"{config.img_size} px on {device}, to {out}/", flush=True)
     model = load_model(config, weights).to(device).eval()
-    classes = classes or published_classes(task, config.num_classes)
+    classes = classes or class_names.published_classes(task, config.num_classes)
     classes = [*classes, *map(str, range(len(classes), config.num_classes or 0))]  # a model may have more than it names
+    if maps:
+        predict = attention_maps.drawer(model, maps)
     out.mkdir(parents=True, exist_ok=True)
-    failed = []
+    failed, remaining = [], Remaining(len(images))
     for number, (path, place) in enumerate(zip(images, places), 1):
         try:
             photograph = load_image(path)
@@ -55,34 +60,33 @@ def main(argv):
         content = json.dumps({"image": str(path), "model": config.model, **found}, indent=1) + "\n"
         replace_atomically(f"{place}.png", lambda file: drawn.save(file, format="png"))
         replace_atomically(f"{place}.json", lambda file: file.write(content.encode()))
-        print(f"{number}/{len(images)}  {path} -> {place}.png, .json  {summary(found)}", flush=True)
+        print(f"{number}/{len(images)}  {path} -> {place}.png, .json  {summary(found)}{remaining.after(number)}",
+              flush=True)
     if failed:
         print(f"{len(failed)} of {len(images)} photographs could not be read:\n  " + "\n  ".join(failed),
               file=sys.stderr)
     return 1 if failed else 0
 
 
-def published_classes(task, num_classes):
-    """Names of the classes of published weights; numbers where there are others."""
-    names = {"classification": imagenet.WNIDS, "detection": coco.CLASSES}.get(task)
-    names = names.read_text().splitlines() if names else []
-    num_classes = num_classes or len(names) or segmentation.ADE20K_CLASSES
-    return names if len(names) == num_classes else [str(i) for i in range(num_classes)]
-
-
 def parse(argv):
-    """(options for settle, weights, paths of the images, folder of the results); raises ValueError."""
+    """(options for settle, weights, paths of the images, folder of the results, attention_maps.Asked or None).
+
+    Raises ValueError.
+    """
     parser = make_parser("run.py predict", "Draw what a model sees into images.", images=True)
+    attention_maps.add_options(parser)
     parser.add_argument("--out", default="runs/predict", help="folder for the drawn images and the JSON files")
     given = vars(parser.parse(argv))
+    maps = attention_maps.asked(given)
     weights, words, out = given.pop("weights"), given.pop("words"), Path(given.pop("out"))
     given["model"] = words.pop(0) if words and words[0] in list_models() else None
     if not words:
         raise ValueError("predict needs images: name files or folders, after the model if you name one")
     if not weights:
         raise ValueError("predict needs --weights: an untrained model sees nothing")
+    weights = weights_file(weights)
     images = [image for number, word in enumerate(words) for image in photographs(word, number == 0)]
-    return given, weights, list(dict.fromkeys(images)), out
+    return given, weights, list(dict.fromkeys(images)), out, maps
 
 
 def photographs(word, first=False):
@@ -140,20 +144,25 @@ def predicted(path):
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    ours = isinstance(content, dict) and "model" in content and content.keys() & {"top5", "classes", "objects"}
+    kinds = {"top5", "classes", "objects", "attention"}
+    ours = isinstance(content, dict) and "model" in content and content.keys() & kinds
     return content["image"] if ours and isinstance(content.get("image"), str) else None
 
 
 @torch.no_grad()
 def classify(model, image, classes, config, device):
-    """(image with the five likeliest classes written on it, {"top5": [{"class", "probability"}]})."""
+    """(image with the five likeliest classes written on it, {"top5": [{"class", "probability"}]}).
+
+    An ImageNet class, n02123045, has a "name" in words, too.
+    """
     images, = to_device([validation_transform(config.img_size, config.crop_pct)(image)[None]], device)
     with autocast(device, config.amp):
         logits = model(images)
     best = logits[0].float().softmax(0).topk(min(5, len(classes)))
-    found = [{"class": classes[i], "probability": round(p, 4)}
-             for p, i in zip(best.values.tolist(), best.indices.tolist())]
-    lines = [(None, f"{entry['class']}  {100 * entry['probability']:.1f}%") for entry in found]
+    words = class_names.words()
+    found = [{"class": classes[i], **({"name": words[classes[i]]} if classes[i] in words else {}),
+              "probability": round(p, 4)} for p, i in zip(best.values.tolist(), best.indices.tolist())]
+    lines = [(None, f"{called(entry)}  {100 * entry['probability']:.1f}%") for entry in found]
     return with_legend(image, lines), {"top5": found}
 
 
@@ -178,7 +187,7 @@ def segment(model, image, classes, config, device):
 
 @torch.no_grad()
 def detect(model, image, classes, config, device):
-    """(image with what scores above DRAWN, {"objects": [{"class", "score", "box", "segmentation"}]}), best first.
+    """(image with the best AT_MOST above DRAWN, {"objects": [{"class", "score", "box", "segmentation"}]}), best first.
 
     box: x0, y0, x1, y1 in pixels. segmentation: COCO's run-length code. The JSON has all detections, down to a score
     of 0.05.
@@ -198,11 +207,22 @@ def detect(model, image, classes, config, device):
             "segmentation": {**rle, "counts": rle["counts"].decode()},
         })
     drawn = [i for i, entry in enumerate(objects) if entry["score"] > DRAWN]
+    drawn = drawn[:AT_MOST]
     masks = [found["masks"][i].cpu().numpy() for i in drawn]
     return draw_objects(pixels, [objects[i] for i in drawn], masks), {"objects": objects}
 
 
+def called(entry):
+    """A class in words where it has some."""
+    return entry.get("name", entry["class"])
+
+
 def summary(found):
-    """The first three classes, each with its share, score or probability."""
-    entries = next(iter(found.values()))
-    return ", ".join(f"{entry['class']} {100 * list(entry.values())[1]:.1f}%" for entry in entries[:3])
+    """The first three classes, each with its share, score or probability; how many objects are not drawn."""
+    kind, entries = next(iter(found.items()))
+    if kind == "attention":
+        return f"what pixel {tuple(entries['at'])} attends to"
+    score = {"top5": "probability", "classes": "share", "objects": "score"}[kind]
+    drawable = sum(entry[score] > DRAWN for entry in entries) if kind == "objects" else 0
+    left_out = f", and {drawable - AT_MOST} objects that are not drawn" if drawable > AT_MOST else ""
+    return ", ".join(f"{called(entry)} {100 * entry[score]:.1f}%" for entry in entries[:3]) + left_out

@@ -6,6 +6,7 @@ works.
     attention.py      elsa_attention: docstring, checks, torch operators
     hadamard.py       hadamard: likewise
     transforms.py     derivatives in both modes, for torch.func too
+    checks.py         what both ask of their arguments, and autocast
     backend.py        which path a call takes
     reference.py      the aggregation's definition
     cpu.py            the aggregation on a CPU
@@ -23,7 +24,7 @@ One letter means one thing in all files (argument names of the public functions 
     K               taps, kernel_size ** 2               t = (i, j)   tap, row and column of it in the window
     q, k, v         queries, keys, values                a            attention
     f               filter, a * mul + add                mul, add     ghost filters, lam and gamma applied
-    l, lse          logits, their log-sum-exp            r            kernel_size // 2
+    l, lse          logits, their log-sum-exp: max, log  r            kernel_size // 2
     h               q * k                                u, z         before and after GELU
     p; s            pixel of a strip or tile; strip      d.., go      gradient of ..; of out
     n; w            groups in a block; their width       o_jc         distance of the channels of a row's neighbours
@@ -37,9 +38,9 @@ One letter means one thing in all files (argument names of the public functions 
 
     p_ pointers   b_ tiles in registers   o_ offsets   m_ masks   s_ strides in elements
 """
-from kernels.attention import elsa_attention
-from kernels.hadamard import hadamard
-from kernels.reference import elsa_attention_reference
-from kernels.tuning import set_tuned, tuned
+from .attention import elsa_attention
+from .hadamard import hadamard
+from .reference import elsa_attention_reference
+from .tuning import set_tuned, tuned
 
 __all__ = ["elsa_attention", "elsa_attention_reference", "hadamard", "set_tuned", "tuned"]

@@ -3,15 +3,15 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import tuning
-from kernels.aggregation_kernels import dghost_kernel, dlogits_kernel, dv_kernel, forward_kernel
+from . import tuning
+from .aggregation_kernels import dghost_kernel, dlogits_kernel, dv_kernel, forward_kernel
 
 SPLIT_SIZE = 1024  # strips that one program of dghost_kernel sums
 MAX_BLOCK_J = 7  # taps of a row: sums for eight channels of each of seven are what a thread can hold
 
 
 def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
-    """out (B, Ho, Wo, C) and lse (B, G, Ho, Wo), empty where no softmax is taken.
+    """out (B, Ho, Wo, C) and lse (B, G, 2, Ho, Wo), see forward_kernel, empty where no softmax is taken.
 
     v (B, H, W, C); logits (B, G*K, Ho, Wo) or None; mul, add (C, kernel_size, kernel_size), per sample with a B before,
     or None. They are ready to be used: lam and gamma are already in them.
@@ -20,7 +20,7 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
     out = torch.empty(args.B, args.Ho, args.Wo, args.C, dtype=v.dtype, device=v.device)
     lse = args.nothing
     if args.flags["NORMALIZE"]:
-        lse = torch.empty(args.B, args.G, args.Ho, args.Wo, dtype=args.accumulator, device=v.device)
+        lse = torch.empty(args.B, args.G, 2, args.Ho, args.Wo, dtype=args.accumulator, device=v.device)
 
     def launch(**config):
         forward_kernel[args.grid(args.Ho, args.Wo, config)](
@@ -35,12 +35,13 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
 def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, normalize, needs):
     """(dv, dlogits, dmul, dadd), None where `needs`, four booleans, says so.
 
-    dmul and dadd are float32 (float64 for float64).
+    dv, dmul and dadd are contiguous, dlogits is laid out as torch.empty_like(logits); each has the dtype of what it is
+    the gradient of.
     """
     args = _LaunchArguments(v, logits, mul, add, kernel_size, dilation, stride, normalize)
     go = grad_out.contiguous()
     dv = _dv(args, go, lse) if needs[0] else None
-    dlogits = _dlogits(args, go, lse) if needs[1] else None
+    dlogits = _dlogits(args, go, lse, logits) if needs[1] else None
     dmul, dadd = _dghost(args, go, lse, mul, add, needs[2:]) if needs[2] or needs[3] else (None, None)
     return dv, dlogits, dmul, dadd
 
@@ -58,10 +59,9 @@ def _dv(args, go, lse):
     return dv
 
 
-def _dlogits(args, go, lse):
-    dlogits = torch.empty_like(args.logits)
-    if not _pixel_strides(dlogits):
-        dlogits = torch.empty(dlogits.shape, dtype=dlogits.dtype, device=go.device)
+def _dlogits(args, go, lse, logits):
+    result = torch.empty_like(logits)
+    dlogits = result if _pixel_strides(result) else torch.empty(logits.shape, dtype=logits.dtype, device=go.device)
     strides = _pixel_strides(dlogits)
     flags = {name: args.flags[name] for name in ("NORMALIZE", "MUL", "ACC")}
 
@@ -72,7 +72,7 @@ def _dlogits(args, go, lse):
             **args.constants, **flags, **config)
 
     tuning.launch("dlogits", args.key, candidates(args.constants["BLOCK_D"], 255), launch, go.device)
-    return dlogits
+    return result if dlogits is result else result.copy_(dlogits)
 
 
 def _dghost(args, go, lse, mul, add, needs):
@@ -84,7 +84,7 @@ def _dghost(args, go, lse, mul, add, needs):
     blocks_per_row = triton.cdiv(kernel_size, BLOCK_J)
     shape = args.B, num_splits, kernel_size, blocks_per_row * BLOCK_J, args.C
     parts = [torch.empty(shape, dtype=args.accumulator, device=go.device) if need else args.nothing for need in needs]
-    flags = dict(args.flags, MUL=needs[0], ADD=needs[1])
+    flags = dict(args.flags, MUL=needs[0], ADD=needs[1], NARROW=args.Wo < args.constants["STRIP"])
 
     def launch(**config):
         dghost_kernel[(args.B * num_splits * kernel_size * blocks_per_row, args.G)](
@@ -98,7 +98,7 @@ def _dghost(args, go, lse, mul, add, needs):
         if need:
             # (B, num_splits, kernel_size, kernel_size.., C) -> (C, kernel_size, kernel_size), with a B where it had one
             grad = part[:, :, :, :kernel_size].sum((0, 1) if ghost.ndim == 3 else 1)
-            grads.append(grad.movedim(-1, -3).contiguous())
+            grads.append(grad.movedim(-1, -3).contiguous().to(ghost.dtype))
         else:
             grads.append(None)
     return grads
@@ -137,7 +137,8 @@ class _LaunchArguments:
         self.add, self.add_stride = self._taps_first(add)
         head_dim = self.C // self.G
         self.constants = dict(
-            KERNEL_SIZE=kernel_size, DILATION=dilation, STRIDE=stride,
+            # From max(H, W) on every tap beside the centre is outside; its distance has to fit into 32 bits.
+            KERNEL_SIZE=kernel_size, DILATION=min(dilation, max(self.H, self.W)), STRIDE=stride,
             HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
             STRIP=4 if dilation == stride == 1 and not double else 1,  # neighbours share pixels only when both are 1
             enable_fp_fusion=True)  # without it, the default from Triton 3.10 on, a multiply-add is two instructions

@@ -10,10 +10,11 @@ the compiler does not know: otherwise it unrolls short loops over rows as well, 
 import triton
 import triton.language as tl
 
-from kernels.window import (
+from .window import (
     load_attention,
     load_filter,
     load_ghosts,
+    load_log_sum_exp,
     load_pixel,
     log_sum_exp,
     reading_pixel,
@@ -30,10 +31,11 @@ def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
                    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr,
                    MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
                    STRIP: tl.constexpr, BLOCK_S: tl.constexpr):
-    """out (B, Ho, Wo, C) and, with NORMALIZE, the softmax's log-sum-exp (B, G, Ho * Wo).
+    """out (B, Ho, Wo, C) and, with NORMALIZE, the softmax's log-sum-exp in two parts, lse (B, G, 2, Ho * Wo).
 
-        lse    = log sum_t exp(logits[b, g, t, y, x])                          for each b, g and output pixel (y, x)
-        a[t]   = exp(logits[b, g, t, y, x] - lse)                              (K,)
+        max    = max_t logits[b, g, t, y, x]                                   for each b, g and output pixel (y, x)
+        log    = log2 sum_t exp(logits[b, g, t, y, x] - max)
+        a[t]   = exp(logits[b, g, t, y, x] - max) / 2**log                     (K,)
         f[t]   = a[t] * mul[t] + add[t]                                        (K, HEAD_DIM), of head g
         out    = sum over t = (i, j) of f[t] * v[b, y * STRIDE + (i-r) * DILATION, x * STRIDE + (j-r) * DILATION, g]
     """
@@ -45,21 +47,22 @@ def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
 
     p_logits += b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc
     m_p = ()
-    b_lse = ()
+    b_max = ()
     b_out = ()
     for p in tl.static_range(STRIP):
         m_p = m_p + ((o_y < Ho) & (o_x + p < Wo),)
         b_out = b_out + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
-        b_lse = b_lse + (tl.zeros([BLOCK_S], dtype=ACC),)
+        b_max = b_max + (tl.zeros([BLOCK_S], dtype=ACC),)
+    b_log = b_max
     if NORMALIZE:
-        p_lse += (b * G + g) * (Ho * Wo)
-        b_lse = log_sum_exp(p_logits, s_lc, s_lp, p_lse, Ho, Wo, num_rows, KERNEL_SIZE, STRIP, BLOCK_S, ACC)
+        p_lse += (b * G + g) * (2 * Ho * Wo)
+        b_max, b_log = log_sum_exp(p_logits, s_lc, s_lp, p_lse, Ho, Wo, num_rows, KERNEL_SIZE, STRIP, BLOCK_S, ACC)
 
     p_l = p_logits + o_p * s_lp  # [BLOCK_S]
     p_v += b * s_vb + g * HEAD_DIM
     p_mul += b * s_mul + g * HEAD_DIM + o_d
     p_add += b * s_add + g * HEAD_DIM + o_d
-    b_out = sum_over_taps(b_out, p_v, p_l, p_mul, p_add, b_lse, m_p, o_y, o_x, o_d, m_d, H, W, Ho, C, num_rows,
+    b_out = sum_over_taps(b_out, p_v, p_l, p_mul, p_add, b_max, b_log, m_p, o_y, o_x, o_d, m_d, H, W, Ho, C, num_rows,
                           s_vy, s_vx, s_lc, s_lp,
                           KERNEL_SIZE, DILATION, STRIDE, ATTENTION, NORMALIZE, MUL, ADD, ACC, STRIP)
     for p in tl.static_range(STRIP):
@@ -77,7 +80,7 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
     """dv (B, H, W, C): each input pixel gathers from the output pixels that read it.
 
         y', x' = (y - (i-r) * DILATION) / STRIDE, (x - (j-r) * DILATION) / STRIDE     where whole and in the output
-        f[t]   = exp(logits[b, g, t, y', x'] - lse[b, g, y', x']) * mul[t] + add[t]   (K, HEAD_DIM), of head g
+        f[t]   = a[b, g, t, y', x'] * mul[t] + add[t], a as in the forward pass       (K, HEAD_DIM), of head g
         dv     = sum over t = (i, j) of f[t] * go[b, y', x', g]                       for each b, g, input pixel (y, x)
 
     The window is that of the forward pass, mirrored: from left to right its pixels read (y, x) as the last tap first.
@@ -88,7 +91,7 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
     C = G * HEAD_DIM
 
     p_logits += b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc
-    p_lse += (b * G + g) * (Ho * Wo)
+    p_lse += (b * G + g) * (2 * Ho * Wo)
     p_go += b * Ho * Wo * C + g * HEAD_DIM
     p_mul += b * s_mul + g * HEAD_DIM + o_d
     p_add += b * s_add + g * HEAD_DIM + o_d
@@ -103,23 +106,26 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
             o_out_y = o_out_y // STRIDE
         m_y &= o_out_y < Ho
         # The window; these tiles leave it before they are used.
-        b_go, b_lse, m_out = (b_dv[0],), (tl.zeros([BLOCK_S], dtype=ACC),), (m_y,)
+        b_go, b_max, m_out = (b_dv[0],), (tl.zeros([BLOCK_S], dtype=ACC),), (m_y,)
+        b_log = b_max
         for column in tl.static_range(STRIP - 1 + KERNEL_SIZE):
             o_out, right, m_new = reading_pixel(o_out_y, o_x, column - KERNEL_SIZE // 2, m_y, Wo, DILATION, STRIDE)
             p_new = (p_go + o_out * C)[:, None] + o_d[None, :] + right * C
             b_go = b_go + (tl.load(p_new, mask=m_new[:, None] & m_d[None, :], other=0.0).to(ACC),)
             m_out = m_out + (m_new,)
             if NORMALIZE:
-                b_lse = b_lse + (tl.load(p_lse + o_out + right, mask=m_new, other=0.0),)
+                b_m, b_l = load_log_sum_exp(p_lse + o_out + right, Ho * Wo, m_new)
+                b_max, b_log = b_max + (b_m,), b_log + (b_l,)
             else:
-                b_lse = b_lse + (b_lse[0],)
+                b_max, b_log = b_max + (b_max[0],), b_log + (b_log[0],)
             if column >= STRIP - 1:  # the window is full: of tap j = KERNEL_SIZE - 1 - (column - (STRIP - 1))
-                b_go, b_lse, m_out = b_go[1:], b_lse[1:], m_out[1:]
+                b_go, b_max, b_log, m_out = b_go[1:], b_max[1:], b_log[1:], m_out[1:]
                 t = i * KERNEL_SIZE + KERNEL_SIZE + STRIP - 2 - column
                 b_mul, b_add = load_ghosts(p_mul, p_add, m_d, t * C, MUL, ADD, ACC)
                 for p in tl.static_range(STRIP):
                     p_l = p_logits + o_out * s_lp + (right - (STRIP - 1 - p)) * s_lp + t * s_lc
-                    b_f = load_filter(p_l, b_mul, b_add, b_lse[p], m_out[p], ATTENTION, NORMALIZE, MUL, ADD, ACC)
+                    b_f = load_filter(p_l, b_mul, b_add, b_max[p], b_log[p], m_out[p],
+                                      ATTENTION, NORMALIZE, MUL, ADD, ACC)
                     # [BLOCK_S, BLOCK_D] * [1 or BLOCK_S, 1 or BLOCK_D] -> [BLOCK_S, BLOCK_D]
                     b_dv = b_dv[:p] + (b_dv[p] + b_go[p] * b_f,) + b_dv[p + 1:]
     for p in tl.static_range(STRIP):
@@ -136,7 +142,7 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
                    STRIP: tl.constexpr, BLOCK_S: tl.constexpr):
     """dlogits, laid out as logits are.
 
-        a[t]       = exp(logits[b, g, t, y, x] - lse)                          for each b, g and output pixel (y, x)
+        a[t]       = as in the forward pass                                    for each b, g and output pixel (y, x)
         da[t]      = sum over the head's channels of go * v(tap t) * mul[t]    (K,)
         inner      = sum over the head's channels of go * (sum_t a[t] * mul[t] * v(tap t)), which is sum_t a[t] * da[t]
         dlogits[t] = a[t] * (da[t] - inner)                                    (K,); without NORMALIZE da[t]
@@ -153,7 +159,7 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
     p_dl = p_dlogits + b * s_db + g * (KERNEL_SIZE * KERNEL_SIZE) * s_dc + o_p * s_dp
     p_v += b * s_vb + g * HEAD_DIM
     p_mul += b * s_mul + g * HEAD_DIM + o_d
-    m_p, b_go, b_lse, b_inner, b_attended = (), (), (), (), ()
+    m_p, b_go, b_max, b_log, b_inner, b_attended = (), (), (), (), (), ()
     for p in tl.static_range(STRIP):
         m = (o_y < Ho) & (o_x + p < Wo)
         m_p = m_p + (m,)
@@ -162,11 +168,10 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
         b_inner = b_inner + (tl.zeros([BLOCK_S], dtype=ACC),)
         b_attended = b_attended + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
         if NORMALIZE:
-            b_lse = b_lse + (tl.load(p_lse + (b * G + g) * (Ho * Wo) + o_p + p, mask=m, other=0.0),)
-        else:
-            b_lse = b_lse + (b_inner[0],)
+            b_m, b_l = load_log_sum_exp(p_lse + (b * G + g) * (2 * Ho * Wo) + o_p + p, Ho * Wo, m)
+            b_max, b_log = b_max + (b_m,), b_log + (b_l,)
     if NORMALIZE:
-        b_attended = sum_over_taps(b_attended, p_v, p_l, p_mul, p_mul, b_lse, m_p, o_y, o_x, o_d, m_d,
+        b_attended = sum_over_taps(b_attended, p_v, p_l, p_mul, p_mul, b_max, b_log, m_p, o_y, o_x, o_d, m_d,
                                    H, W, Ho, C, num_rows, s_vy, s_vx, s_lc, s_lp,
                                    KERNEL_SIZE, DILATION, STRIDE, True, True, MUL, False, ACC, STRIP)
         b_inner = ()
@@ -188,7 +193,7 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
                         b_product *= b_mul
                     b_dl = tl.sum(b_product, axis=1)  # [BLOCK_S]
                     if NORMALIZE:
-                        b_a = load_attention(p_l + t * s_lc + p * s_lp, b_lse[p], m_p[p], True, ACC)
+                        b_a = load_attention(p_l + t * s_lc + p * s_lp, b_max[p], b_log[p], m_p[p], True, ACC)
                         b_dl = b_a * (b_dl - b_inner[p])
                     tl.store(p_dl + t * s_dc + p * s_dp, b_dl, mask=m_p[p])
 
@@ -199,15 +204,18 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
                   KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
                   HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr,
                   MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
-                  STRIP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_J: tl.constexpr):
+                  STRIP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_J: tl.constexpr, NARROW: tl.constexpr):
     """Partial dmul and dadd, (B * num_splits, KERNEL_SIZE, KERNEL_SIZE rounded up to blocks of BLOCK_J, C).
 
-        a[t]    = exp(logits[b, g, t, y, x] - lse)                     for each b, g and output pixel (y, x)
+        a[t]    = as in the forward pass                               for each b, g and output pixel (y, x)
         dmul[t] = sum over (y, x) of a[t] * go[y, x] * v(tap t)        (K, HEAD_DIM), of head g
         dadd[t] = sum over (y, x) of go[y, x] * v(tap t)               (K, HEAD_DIM), of head g
 
     A program sums BLOCK_J neighbouring taps of a row over the split_size strips of one split of a sample. The programs
     of one split follow each other, so that what the first reads of v and of go the others find in the cache.
+    The last strip of a row ends with the row, and counts no pixel of the strip before; those it does not count have a
+    product of 0, or of NaN, which that strip has, too. A row that is shorter than a strip is NARROW: behind it there may
+    be NaN that no output reads.
     """
     blocks_per_row: tl.constexpr = (KERNEL_SIZE + BLOCK_J - 1) // BLOCK_J
     split = tl.program_id(0) // (KERNEL_SIZE * blocks_per_row)  # of all samples
@@ -225,38 +233,42 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
     p_v += b * s_vb + g * HEAD_DIM
     p_go += b * Ho * Wo * C + g * HEAD_DIM
     p_logits += b * s_lb + (g * (KERNEL_SIZE * KERNEL_SIZE) + i * KERNEL_SIZE) * s_lc
-    p_lse += (b * G + g) * (Ho * Wo)
+    p_lse += (b * G + g) * (2 * Ho * Wo)
     b_dmul, b_dadd = (), ()
     for j in tl.static_range(BLOCK_J):
         b_dmul = b_dmul + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
         b_dadd = b_dadd + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
     for start in range(first, last, BLOCK_S):
         o_s = start + tl.arange(0, BLOCK_S)
-        o_y, o_x = o_s // per_row, o_s % per_row * STRIP
+        o_y, o_new = o_s // per_row, o_s % per_row * STRIP
+        o_x = tl.minimum(o_new, tl.maximum(Wo - STRIP, 0))
         o_p = o_y * Wo + o_x
         p_row, m_y = row_of_window(p_v, o_y, o_x, o_d, i, H, Ho, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
         m_y &= o_s < last
-        m_p, b_go, b_lse = (), (), ()
+        m_p, b_go, b_max, b_log = (), (), (), ()
         for p in tl.static_range(STRIP):
-            m = (o_s < last) & (o_x + p < Wo)
+            m = (o_s < last) & (o_x + p >= o_new) & (o_x + p < Wo)
             m_p = m_p + (m,)
             p_g = (p_go + (o_p + p) * C)[:, None] + o_d[None, :]
             b_go = b_go + (tl.load(p_g, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC),)
             if MUL and NORMALIZE:
-                b_lse = b_lse + (tl.load(p_lse + o_p + p, mask=m, other=0.0),)
+                b_m, b_l = load_log_sum_exp(p_lse + o_p + p, Ho * Wo, m)
+                b_max, b_log = b_max + (b_m,), b_log + (b_l,)
             else:
-                b_lse = b_lse + (0.0,)
+                b_max, b_log = b_max + (0.0,), b_log + (0.0,)
         for column in tl.static_range(BLOCK_J + STRIP - 1):
             b_v = load_pixel(p_row, o_x * STRIDE, first_j + column - KERNEL_SIZE // 2, DILATION, s_vx, W, m_y, m_d, ACC)
             for p in tl.static_range(STRIP):
                 if column - p >= 0 and column - p < BLOCK_J:  # what pixel p reads as the block's tap column - p
                     b_product = b_v * b_go[p]  # [BLOCK_S, BLOCK_D] * [BLOCK_S, BLOCK_D] -> [BLOCK_S, BLOCK_D]
+                    if p > 0 and NARROW:
+                        b_product = tl.where(m_p[p][:, None], b_product, 0.0)
                     if ADD:
                         b_sum = b_dadd[column - p] + b_product
                         b_dadd = b_dadd[:column - p] + (b_sum,) + b_dadd[column - p + 1:]
                     if MUL:
                         p_l = p_logits + (o_p + p) * s_lp + tl.minimum(first_j + column - p, KERNEL_SIZE - 1) * s_lc
-                        b_a = load_attention(p_l, b_lse[p], m_p[p], NORMALIZE, ACC)
+                        b_a = load_attention(p_l, b_max[p], b_log[p], m_p[p], NORMALIZE, ACC)
                         # [BLOCK_S, BLOCK_D] * [BLOCK_S, 1] -> [BLOCK_S, BLOCK_D]
                         b_sum = b_dmul[column - p] + b_product * b_a[:, None]
                         b_dmul = b_dmul[:column - p] + (b_sum,) + b_dmul[column - p + 1:]

@@ -1,10 +1,8 @@
 """elsa_attention: what callers may pass, and the torch operators behind it, elsa::attention and its backward."""
 import torch
 
-from kernels import backend
-from kernels.transforms import differentiable, differentiable_no_further, refuse_nested_forward_mode
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from . import backend, checks
+from .transforms import differentiable, differentiable_no_further, refuse_nested_forward_mode
 
 
 def elsa_attention(v, logits, ghost_mul=None, ghost_add=None, *, kernel_size, dilation=1, stride=1, lam=1, gamma=1,
@@ -49,48 +47,33 @@ def elsa_attention(v, logits, ghost_mul=None, ghost_add=None, *, kernel_size, di
     Source: arXiv 2112.12786, section 3. With normalize=False and per-sample filters this is a decoupled dynamic filter
     (arXiv 2104.14107): lam=1, gamma=0 its product, lam=0, gamma=1 its sum.
     """
-    if isinstance(v, torch.Tensor) and isinstance(logits, torch.Tensor):
-        device = v.device.type
-        if device != "meta" and torch.is_autocast_enabled(device) and v.dtype != torch.float64:  # meta has no autocast
-            dtype = torch.get_autocast_dtype(device)
-            v, logits = v.to(dtype), logits.to(dtype)
-    _check_numbers(kernel_size, dilation, stride, lam, gamma)
-    _check_tensors(v, logits, ghost_mul, ghost_add, kernel_size, stride)
+    v, logits = checks.under_autocast(v, logits)
+    tensors = dict(v=v, logits=logits, ghost_mul=ghost_mul, ghost_add=ghost_add)
+    given = {name: x for name, x in tensors.items() if x is not None or name == "v"}
+    checks.whole_numbers(kernel_size=kernel_size, dilation=dilation, stride=stride)
+    checks.finite_numbers(lam=lam, gamma=gamma)
+    if lam < 0 or lam != lam // 1:
+        raise ValueError(f"lam: got {lam}, expected an integer >= 0: ghost_mul has negative entries, "
+                         "and their fractional powers are not real numbers")
+    checks.same_kind(("ghost_mul", "ghost_add"), **given)
+    _check_shapes(v, logits, ghost_mul, ghost_add, kernel_size, stride)
+    checks.sample_fits("v", v)
+    if logits is not None:
+        checks.sample_fits("logits", logits)
     mul = ghost_mul if logits is not None and lam != 0 else None
     add = ghost_add if gamma != 0 else None
+    wide = torch.promote_types(v.dtype, torch.float32)  # in which their gradients, too, are no float16 yet
     if mul is not None and lam != 1:
-        mul = mul ** lam
+        mul = mul.to(wide) ** lam
     if add is not None and gamma != 1:
-        add = add * gamma
+        add = add.to(wide) * gamma
     if logits is None and add is None:
         raise ValueError("logits: None leaves ghost_add alone to act, and ghost_add is None or gamma is 0; "
                          "pass logits, or ghost_add and a gamma other than 0")
     return _aggregate(v, logits, mul, add, kernel_size, dilation, stride, normalize)[0]
 
 
-def _check_numbers(kernel_size, dilation, stride, lam, gamma):
-    for name, value in (("kernel_size", kernel_size), ("dilation", dilation), ("stride", stride)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: got {value!r}, expected an integer")
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
-    if kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size: got {kernel_size}, expected an odd number, so that the window has a centre; "
-                         f"try {kernel_size + 1}")
-    for name, value in (("lam", lam), ("gamma", gamma)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: got {value!r}, expected a number")
-    if lam < 0 or lam != lam // 1:
-        raise ValueError(f"lam: got {lam}, expected an integer >= 0: ghost_mul has negative entries, "
-                         "and their fractional powers are not real numbers")
-    if not abs(gamma) < float("inf"):
-        raise ValueError(f"gamma: got {gamma}, expected a finite number")
-
-
-def _check_tensors(v, logits, ghost_mul, ghost_add, kernel_size, stride):
-    for name, x in (("v", v), ("logits", logits), ("ghost_mul", ghost_mul), ("ghost_add", ghost_add)):
-        if x is not None or name == "v":
-            _check_type(name, x, v)
+def _check_shapes(v, logits, ghost_mul, ghost_add, kernel_size, stride):
     if v.ndim != 4:
         raise ValueError(f"v: got shape {tuple(v.shape)}, expected (B, H, W, C), channels last")
     B, H, W, C = v.shape
@@ -101,28 +84,6 @@ def _check_tensors(v, logits, ghost_mul, ghost_add, kernel_size, stride):
         if ghost is not None and tuple(ghost.shape) not in (static, per_sample):
             raise ValueError(f"{name}: got shape {tuple(ghost.shape)}, expected {static}, "
                              f"or {per_sample} for one filter a sample")
-    for name, x in (("v", v), ("logits", logits)):
-        if x is not None and x.device.type != "cpu" and _sample_span(x) >= 2 ** 31:
-            raise ValueError(f"{name}: got {tuple(x.shape[1:])} a sample, expected fewer than 2**31 elements from a "
-                             "sample's first to its last, since the kernels' offsets inside a sample are 32-bit; "
-                             "split the image")
-
-
-def _check_type(name, x, v):
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
-    if name == "v":
-        allowed, beside = FLOATS, ""
-    else:
-        allowed = (v.dtype,) if name == "logits" else tuple({v.dtype, torch.float32})
-        beside = f" beside v of {v.dtype}"
-    if x.dtype not in allowed:
-        expected = " or ".join(str(dtype) for dtype in allowed)
-        raise TypeError(f"{name}: got dtype {x.dtype}, expected {expected}{beside}; "
-                        f"convert it with .to({allowed[-1]})")
-    if x.device != v.device:
-        raise ValueError(f"{name}: got a tensor on {x.device}, expected v's device {v.device}; "
-                         f"move it with .to({str(v.device)!r})")
 
 
 def _check_logits(logits, v, kernel_size, Ho, Wo, stride):
@@ -138,15 +99,10 @@ def _check_logits(logits, v, kernel_size, Ho, Wo, stride):
                          f"divides v's {C} channels")
 
 
-def _sample_span(x):
-    """How many elements a sample's last element lies behind its first."""
-    return sum((size - 1) * abs(stride) for size, stride in zip(x.shape[1:], x.stride()[1:]))
-
-
 @torch.library.custom_op("elsa::attention", mutates_args=())
 def _attention(v: torch.Tensor, logits: torch.Tensor | None, mul: torch.Tensor | None, add: torch.Tensor | None,
                kernel_size: int, dilation: int, stride: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, log-sum-exp of the logits for the backward pass); lam and gamma are already in mul and add."""
+    """(out, what the backward pass needs of the softmax); lam and gamma are already in mul and add."""
     if 0 in (*v.shape, v.shape[1] // stride, v.shape[2] // stride):
         empty = _fake_attention(v, logits, mul, add, kernel_size, dilation, stride, normalize)
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=v.device) for x in empty)
@@ -158,7 +114,7 @@ def _attention(v: torch.Tensor, logits: torch.Tensor | None, mul: torch.Tensor |
 def _fake_attention(v, logits, mul, add, kernel_size, dilation, stride, normalize):
     B, H, W, C = v.shape
     Ho, Wo = H // stride, W // stride
-    lse = (B, logits.shape[1] // kernel_size ** 2, Ho, Wo) if normalize and logits is not None else (0,)
+    lse = (B, logits.shape[1] // kernel_size ** 2, 2, Ho, Wo) if normalize and logits is not None else (0,)
     accumulator = torch.float64 if v.dtype == torch.float64 else torch.float32
     return v.new_empty(B, Ho, Wo, C), v.new_empty(lse, dtype=accumulator)
 
@@ -169,19 +125,16 @@ def _attention_backward(grad_out: torch.Tensor, v: torch.Tensor, logits: torch.T
                         normalize: bool, needs: list[bool]) -> list[torch.Tensor]:
     """The gradients that `needs` asks for, of (v, logits, mul, add), in this order."""
     arguments = (grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, normalize, needs)
-    promised = _fake_attention_backward(*arguments)
     if grad_out.numel() == 0:
-        return [x.zero_() for x in promised]
+        return [x.zero_() for x in _fake_attention_backward(*arguments)]
     with backend.on_device_of(v):
-        grads = [grad for grad in backend.aggregation(v).backward(*arguments) if grad is not None]
-    # Compiled code relies on the strides and dtypes that the fake kernel promised.
-    return [grad if grad.stride() == x.stride() and grad.dtype == x.dtype else x.copy_(grad)
-            for grad, x in zip(grads, promised)]
+        return [grad for grad in backend.aggregation(v).backward(*arguments) if grad is not None]
 
 
 @_attention_backward.register_fake
 def _fake_attention_backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, normalize, needs):
-    # dlogits keeps the layout of logits, so that the projection before it reads its own.
+    # What the backends return, to the stride: compiled code relies on it. dlogits keeps the layout of logits, so that
+    # the projection before it reads its own.
     dlogits = None if logits is None else torch.empty_like(logits)
     dmul, dadd = (None if x is None else x.new_empty(x.shape) for x in (mul, add))
     return [x for x, need in zip((v.new_empty(v.shape), dlogits, dmul, dadd), needs) if need]

@@ -2,12 +2,13 @@
 
 The kernels are imported on their first use: Triton has no packages for macOS and Windows, where the CPU path must work.
 """
+import contextlib
 import importlib.util
 import os
 
 import torch
 
-from kernels import cpu
+from . import cpu
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_GROUP_WIDTH = 128  # channels of a group in the convolution's kernels, whose tiles have no more columns
@@ -39,7 +40,7 @@ def aggregation(v):
     """The module whose forward and backward aggregate v."""
     if not uses_triton(v):
         return cpu
-    from kernels import aggregation
+    from . import aggregation
     return aggregation
 
 
@@ -50,10 +51,18 @@ def has_convolution(q, weight):
 
 def convolution():
     """The module whose forward and backward make the attention maps."""
-    from kernels import convolution
+    from . import convolution
     return convolution
 
 
+@contextlib.contextmanager
 def on_device_of(x):
-    """A context: Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device if x.is_cuda else -1)
+    """Inside, x's device is the current one, on which Triton launches, and autocast is off."""
+    with torch.cuda.device(x.device if x.is_cuda else -1), without_autocast(x):
+        yield
+
+
+def without_autocast(x):
+    """A context in which autocast rounds no sums. meta has none."""
+    device = x.device.type
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

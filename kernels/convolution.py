@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from kernels import tuning
-from kernels.convolution_kernels import dqk_kernel, dweight_kernel, hadamard_kernel, pad_kernel
+from . import tuning
+from .convolution_kernels import dqk_kernel, dweight_kernel, hadamard_kernel, pad_kernel
 
 MIN_DOT = 16  # side of the smallest product that tl.dot takes
 MAX_BLOCK_P = 128  # pixels of a product
@@ -20,7 +20,7 @@ def forward(q, k, weight, bias, scale, dilation):
     """
     geometry = _Geometry(q, weight, dilation)
     z, u = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    h, matrices = geometry.padded(q, k), geometry.matrices(weight, mirrored=False)
+    h, matrices, bias = geometry.padded(q, k), geometry.matrices(weight, mirrored=False), bias.contiguous()
 
     def launch(**config):
         hadamard_kernel[geometry.grid(config)](

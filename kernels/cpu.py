@@ -16,7 +16,7 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
     The backward pass here takes the softmax again.
     """
     dtype = v.dtype
-    v, logits, mul, add = (_upcast(x) for x in (v, logits, mul, add))
+    v, logits, mul, add = _upcast(v, logits, mul, add)
     B, H, W, C = v.shape
     Ho, Wo = H // stride, W // stride
     if add is None:
@@ -38,25 +38,25 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
                 v_t = torch.mul(v_t, layout.tap(mul, t, chunk), out=scratch[..., rows, :])
             sums[..., rows, :].addcmul_(v_t, a[t][..., rows, :])
         out[chunk].add_(layout.pixels(sums))
-    return out.to(dtype), v.new_zeros(B, heads, Ho, Wo) if normalize else v.new_empty(0)
+    return out.to(dtype), v.new_zeros(B, heads, 2, Ho, Wo) if normalize else v.new_empty(0)
 
 
 def backward(grad_out, v, logits, mul, add, lse, kernel_size, dilation, stride, normalize, needs):
     """As :func:`kernels.aggregation.backward`: (dv, dlogits, dmul, dadd), None where `needs` says so."""
-    dtype = v.dtype
-    go, v, logits, mul, add = (_upcast(x) for x in (grad_out.contiguous(), v, logits, mul, add))
-    dv = dlogits = dmul = dadd = None
+    dtypes = [None if x is None else x.dtype for x in (v, logits, mul, add)]
+    dlogits = torch.empty_like(logits) if needs[1] else None
+    go, v, logits, mul, add = _upcast(grad_out.contiguous(), v, logits, mul, add)
+    dv = dmul = dadd = None
     if add is not None and (needs[0] or needs[3]):
         dv, dadd = _depthwise_backward(go, v, add, kernel_size, dilation, stride, needs)
     if logits is not None:
         heads = logits.shape[1] // kernel_size ** 2
         dv = torch.zeros(v.shape, dtype=v.dtype) if needs[0] and dv is None else dv
-        dlogits = torch.empty(logits.shape, dtype=v.dtype) if needs[1] else None
         dmul = torch.zeros(mul.shape, dtype=mul.dtype) if needs[2] else None  # contiguous, so that flatten is a view
         for chunk in _chunks(v):
             layout = _Layout(v[chunk], heads, kernel_size, dilation, stride)
             _attention_backward(layout, chunk, go, v, logits, mul, normalize, dv if needs[0] else None, dlogits, dmul)
-    return *(x if x is None else x.to(dtype) for x in (dv, dlogits)), dmul, dadd
+    return [x if x is None else x.to(dtype) for x, dtype in zip((dv, dlogits, dmul, dadd), dtypes)]
 
 
 def _attention_backward(layout, chunk, go, v, logits, mul, normalize, dv, dlogits, dmul):
@@ -75,7 +75,9 @@ def _attention_backward(layout, chunk, go, v, logits, mul, normalize, dv, dlogit
         if dlogits is not None:
             torch.sum(torch.mul(go_mul, read(source), out=scratch[..., rows, :]), 2, out=da[:, :, t, rows])
         if dmul is not None:
-            per_sample = (go_t * read(source) * a_t).sum((3, 4)).flatten(1)  # (B, C)
+            product = torch.mul(go_t, read(source), out=scratch[..., rows, :])
+            product[..., layout.Wo:] = 0  # of a NaN that no output reads, too
+            per_sample = product.mul_(a_t).sum((3, 4)).flatten(1)  # (B, C)
             if mul.ndim == 4:
                 dmul.flatten(-2)[chunk][..., t] = per_sample
             else:
@@ -104,9 +106,10 @@ class _Layout:
 
     def __init__(self, v, heads, kernel_size, dilation, stride):
         self.B, self.H, self.W, self.C = v.shape
-        self.G, self.kernel_size, self.dilation, self.stride = heads, kernel_size, dilation, stride
+        self.G, self.kernel_size, self.stride = heads, kernel_size, stride
+        self.dilation = min(dilation, max(self.H, self.W))  # from there on a tap beside the centre is outside
         self.Ho, self.Wo = self.H // stride, self.W // stride
-        self.edge = kernel_size // 2 * dilation
+        self.edge = kernel_size // 2 * self.dilation
         self.pitch = self.W + self.edge
         self.out_pitch = self.pitch if stride == 1 else self.Wo
 
@@ -175,9 +178,10 @@ class _Layout:
         return mul.flatten(-2)[..., t].reshape(-1, self.G, self.C // self.G, 1, 1)
 
 
-def _upcast(x):
-    """Sums are float32; float64 stays."""
-    return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
+def _upcast(first, *rest):
+    """All in the dtype of sums: float32, or float64 where the first one is."""
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    return [x if x is None else x.to(dtype) for x in (first, *rest)]
 
 
 def _channels_last(x):
@@ -216,7 +220,7 @@ def _depthwise_backward(go, v, add, kernel_size, dilation, stride, needs):
     if needs[0]:
         dv = _channels_last(gradient(0).reshape(v.shape[0], v.shape[3], *v.shape[1:3])).contiguous()
     if needs[3] and dadd is None:
-        dadd = gradient(1).reshape(add.shape)
+        dadd = gradient(1).reshape(add.shape).contiguous()
     return dv, dadd
 
 
@@ -225,7 +229,9 @@ def _dadd_tap_by_tap(go, v, add, kernel_size, dilation, stride):
     layout = _Layout(v, 1, kernel_size, dilation, stride)
     source, go = layout.padded(v), layout.outputs(go)
     for t, rows, read in layout.taps():
-        per_sample = (go[..., rows, :] * read(source)).sum((3, 4)).flatten(1)  # (B, C)
+        product = go[..., rows, :] * read(source)
+        product[..., layout.Wo:] = 0
+        per_sample = product.sum((3, 4)).flatten(1)  # (B, C)
         dadd.flatten(-2)[..., t] = per_sample if add.ndim == 4 else per_sample.sum(0)
     return dadd
 

@@ -2,8 +2,8 @@
 import torch
 import torch.nn.functional as F
 
-from kernels import backend
-from kernels.transforms import differentiable, differentiable_no_further, refuse_nested_forward_mode
+from . import backend, checks
+from .transforms import differentiable, differentiable_no_further, refuse_nested_forward_mode
 
 
 def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
@@ -12,38 +12,65 @@ def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
         z = GELU(scale * grouped convolution of (q * k) with weight + bias), zero-padded
 
     Args:
-        q, k: queries and keys, (B, H, W, Q), channels last and side by side in memory, e.g. slices of one projection.
+        q, k: queries and keys, (B, H, W, Q), any strides; read without a copy where channels are side by side in
+            memory, e.g. slices of one projection.
         weight: (Q, width, kernel_size, kernel_size), groups of `width` channels, which divides Q; kernel_size odd.
         bias: (Q,).
-        scale: of the product.
-        dilation: distance between taps.
+        scale: finite number, factor of the product.
+        dilation: distance between taps, >= 1.
+
+    q and k have one dtype of float16, bfloat16, float32, float64 (under autocast they are cast to its dtype); weight
+    and bias have that dtype or float32. Sums are float32 (float64 for float64).
 
     Returns:
         (B, H, W, Q) in q's dtype.
 
-    Differentiable once in q, k, weight and bias. CUDA tensors of float16, bfloat16 and float32 with groups of up to
-    128 channels go through Triton kernels, two runs of which are bit-identical, others through torch.
+    Differentiable once in q, k, weight and bias, backward and forward. CUDA tensors of float16, bfloat16 and float32
+    with groups of up to 128 channels go through Triton kernels, two runs of which are bit-identical and which round
+    q * k and weight to q's dtype; others go through torch, CPU tensors too unless ELSA_BACKEND=triton.
 
     Raises:
-        ValueError: shapes that do not fit; the message names the argument.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device; the message names it.
+        RuntimeError: a second derivative, or a forward-mode one inside torch.compile, of the Triton kernels.
 
     Source: arXiv 2112.12786, section 3.1.
     """
+    q, k = checks.under_autocast(q, k)
+    checks.whole_numbers(dilation=dilation)
+    checks.finite_numbers(scale=scale)
+    checks.same_kind(("weight", "bias"), q=q, k=k, weight=weight, bias=bias)
+    _check_shapes(q, k, weight, bias)
+    padded = _padded(q, weight, dilation)
+    checks.sample_fits("q", q, padded)
+    checks.sample_fits("k", k, padded)
+    if q.numel() == 0 or backend.has_convolution(q, weight):
+        q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
+        return _maps(q, k, weight, bias, float(scale), dilation)[0]
+    with backend.without_autocast(q):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        h = q.to(wide) * k.to(wide)
+        h = h if scale == 1 else h * scale
+        return F.gelu(_convolution(h, weight.to(wide), bias.to(wide), dilation)).permute(0, 2, 3, 1).to(q.dtype)
+
+
+def _check_shapes(q, k, weight, bias):
     if q.ndim != 4 or q.shape != k.shape:
         raise ValueError(f"q, k: got shapes {tuple(q.shape)} and {tuple(k.shape)}, "
                          "expected the same (B, H, W, Q) for both")
     Q = q.shape[3]
     shape = tuple(weight.shape)
-    if len(shape) != 4 or shape[0] != Q or Q % max(1, shape[1]) or shape[2] != shape[3] or shape[3] % 2 == 0:
+    if len(shape) != 4 or shape[0] != Q or shape[1] < 1 or Q % shape[1] or shape[2] != shape[3] or shape[3] % 2 == 0:
         raise ValueError(f"weight: got shape {shape}, "
                          f"expected ({Q}, width, k, k) with a width that divides {Q} and an odd k")
     if tuple(bias.shape) != (Q,):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({Q},)")
-    if backend.has_convolution(q, weight):
-        q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
-        return _maps(q, k, weight, bias, float(scale), dilation)[0]
-    h = q * k if scale == 1 else q * k * scale
-    return F.gelu(_convolution(h, weight, bias, dilation)).permute(0, 2, 3, 1)
+
+
+def _padded(q, weight, dilation):
+    """At most how many elements the kernels make of one block of a sample's channels, with zeros around the image."""
+    _, H, W, _ = q.shape
+    edge = weight.shape[3] // 2 * dilation
+    return (H + 2 * edge) * (W + edge) * max(16, 2 * weight.shape[1])
 
 
 def _convolution(h, weight, bias, dilation):
@@ -56,6 +83,8 @@ def _convolution(h, weight, bias, dilation):
 def _hadamard(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scale: float,
               dilation: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(GELU(u), u)"""
+    if q.numel() == 0:
+        return _fake_hadamard(q, k, weight, bias, scale, dilation)
     with backend.on_device_of(q):
         return backend.convolution().forward(q, k, weight, bias, scale, dilation)
 
@@ -69,6 +98,8 @@ def _fake_hadamard(q, k, weight, bias, scale, dilation):
 def _hadamard_backward(dz: torch.Tensor, u: torch.Tensor, q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor,
                        bias: torch.Tensor, scale: float, dilation: int) -> list[torch.Tensor]:
     """Gradients of (q, k, weight, bias)."""
+    if dz.numel() == 0:
+        return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, weight, bias)]
     dz = dz if dz.stride(3) == 1 else dz.contiguous()
     with backend.on_device_of(q):
         dq, dk, dweight, dbias = backend.convolution().backward(dz, u, q, k, weight, scale, dilation)

@@ -19,30 +19,52 @@ SHIPPED = Path(__file__).parent / "tuned"
 WARP_SIZE = 64 if torch.version.hip else 32
 
 _table = None  # "GPU model | kernel | problem" -> configuration
+_measures = True
 
 
 def launch(kernel, problem, configs, run, device):
-    """run(**config) with the best of `configs`: the remembered one, a measured one on a GPU, else the first.
+    """run(**config) with the best of `configs`: the remembered one, else a measured one.
+
+    Without a GPU the first. Where nothing may be measured, under capture of a CUDA graph or by order of set_tuned, the
+    one remembered for the most similar number of pixels, else the first.
 
     kernel: its name.
     problem: what the timing depends on, a flat dict.
     run: launches the kernel; it may be called often, so it must overwrite its outputs and read nothing that it writes.
     """
-    # A stream under capture can be neither synchronised nor timed.
-    if device.type != "cuda" or len(configs) == 1 or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or len(configs) == 1:
         return run(**configs[0])
-    key = " | ".join([torch.cuda.get_device_name(device), kernel, _words(problem)])
-    table = tuned()
-    if table.get(key) not in configs:  # new, or remembered from a version with other candidates
-        print(f"tuning {key} ... ", end="", file=sys.stderr, flush=True)
-        start = time.perf_counter()
-        table[key] = _measure(kernel, configs, run)
-        print(_words(table[key]), f"{time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-        try:
-            _save(cache_file(), {key: table[key]})
-        except OSError as error:  # a read-only home costs a measurement per process, nothing else
-            print(f"not written: {cache_file()}: {error}", file=sys.stderr)
+    name, table = torch.cuda.get_device_name(device), tuned()
+    key = _key(name, kernel, problem)
+    if table.get(key) in configs:  # neither new, nor remembered from a version with other candidates
+        return run(**table[key])
+    # A stream under capture can be neither synchronised nor timed.
+    if not _measures or torch.cuda.is_current_stream_capturing():
+        return run(**_most_similar(name, kernel, problem, configs))
+    print(f"tuning {key} ... ", end="", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    table[key] = _measure(kernel, configs, run)
+    print(_words(table[key]), f"{time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+    try:
+        _save(cache_file(), {key: table[key]})
+    except OSError as error:  # a read-only home costs a measurement per process, nothing else
+        print(f"not written: {cache_file()}: {error}", file=sys.stderr)
     return run(**table[key])
+
+
+def _key(name, kernel, problem):
+    return " | ".join([name, kernel, _words(problem)])
+
+
+def _most_similar(name, kernel, problem, configs):
+    """Images twice or half as large, and so on, until one is known. All ranks of a job choose the same."""
+    pixels, table = problem.get("pixels", 1), tuned()
+    for factor in (2 ** n for n in range(1, 32)):
+        for other in (pixels // factor, pixels * factor):
+            config = table.get(_key(name, kernel, {**problem, "pixels": other}))
+            if config in configs:
+                return config
+    return configs[0]
 
 
 def registers(limit):
@@ -65,10 +87,14 @@ def tuned():
     return _table
 
 
-def set_tuned(table):
-    """Replace what this process knows, with another rank's :func:`tuned` for example."""
-    global _table
-    _table = dict(table)
+def set_tuned(table, measure=True):
+    """Replace what this process knows, with another rank's :func:`tuned` for example.
+
+    measure: False: measure nothing from now on. A rank that measured in the middle of a step, for images of a size that
+    the others do not have, would let them wait.
+    """
+    global _table, _measures
+    _table, _measures = dict(table), measure
 
 
 def cache_file():

@@ -30,7 +30,7 @@ def strips(H, W, STRIP: tl.constexpr, BLOCK_S: tl.constexpr, EVERY_PIXEL: tl.con
 
 
 @triton.jit
-def sum_over_taps(b_out, p_v, p_logits, p_mul, p_add, b_lse, m_p, o_y, o_x, o_d, m_d, H, W, Ho, C, num_rows,
+def sum_over_taps(b_out, p_v, p_logits, p_mul, p_add, b_max, b_log, m_p, o_y, o_x, o_d, m_d, H, W, Ho, C, num_rows,
                   s_vy, s_vx, s_lc, s_lp,
                   KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
                   ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr, MUL: tl.constexpr, ADD: tl.constexpr,
@@ -51,7 +51,8 @@ def sum_over_taps(b_out, p_v, p_logits, p_mul, p_add, b_lse, m_p, o_y, o_x, o_d,
                 b_mul, b_add = load_ghosts(p_mul, p_add, m_d, t * C, MUL, ADD, ACC)
                 for p in tl.static_range(STRIP):
                     p_l = p_logits + t * s_lc + p * s_lp
-                    b_f = load_filter(p_l, b_mul, b_add, b_lse[p], m_p[p], ATTENTION, NORMALIZE, MUL, ADD, ACC)
+                    b_f = load_filter(p_l, b_mul, b_add, b_max[p], b_log[p], m_p[p],
+                                      ATTENTION, NORMALIZE, MUL, ADD, ACC)
                     # [BLOCK_S, BLOCK_D] * [1 or BLOCK_S, 1 or BLOCK_D] -> [BLOCK_S, BLOCK_D]
                     b_out = b_out[:p] + (b_out[p] + b_v[p] * b_f,) + b_out[p + 1:]
     return b_out
@@ -88,7 +89,10 @@ def reading_pixel(o_out_y, o_x, column: tl.constexpr, m_y, Wo, DILATION: tl.cons
 @triton.jit
 def log_sum_exp(p_logits, s_lc, s_lp, p_lse, Ho, Wo, num_rows,
                 KERNEL_SIZE: tl.constexpr, STRIP: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr):
-    """log(sum_t exp(logits[t])) of each pixel, row by row with a running maximum: stored, and STRIP tiles [BLOCK_S]."""
+    """The largest logit of each pixel and log2(sum_t exp(logits[t] - largest)): stored, and STRIP tiles [BLOCK_S] each.
+
+    Row by row with a running maximum. As one number, their sum, they would lose the logarithm beside a large logit.
+    """
     _, _, o_y, o_x = strips(Ho, Wo, STRIP, BLOCK_S, True)  # every pixel, so that no two threads take the same one
     m_p = (o_y < Ho) & (o_x < Wo)
     p_row = p_logits + (o_y * Wo + o_x) * s_lp
@@ -107,9 +111,17 @@ def log_sum_exp(p_logits, s_lc, s_lp, p_lse, Ho, Wo, num_rows,
             b_sum += tl.exp2((b_row[j] - b_shift) * LOG2E)
         b_max = b_new
         p_row += KERNEL_SIZE * s_lc
-    b_lse = b_max + tl.log(b_sum)
-    tl.store(p_lse + o_y * Wo + o_x, b_lse, mask=m_p)
-    return _unstack(b_lse, STRIP, BLOCK_S)
+    b_log = tl.log2(b_sum)
+    p_lse += o_y * Wo + o_x
+    tl.store(p_lse, b_max, mask=m_p)
+    tl.store(p_lse + Ho * Wo, b_log, mask=m_p)
+    return _unstack(b_max, STRIP, BLOCK_S), _unstack(b_log, STRIP, BLOCK_S)
+
+
+@triton.jit
+def load_log_sum_exp(p_lse, pixels, m_p):
+    """What log_sum_exp stored, [BLOCK_S] each. pixels: of the image, Ho * Wo."""
+    return tl.load(p_lse, mask=m_p, other=0.0), tl.load(p_lse + pixels, mask=m_p, other=0.0)
 
 
 @triton.jit
@@ -125,11 +137,14 @@ def _unstack(x, STRIP: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def load_attention(p_l, b_lse, m_p, NORMALIZE: tl.constexpr, ACC: tl.constexpr):
-    """a of one tap, [BLOCK_S]."""
+def load_attention(p_l, b_max, b_log, m_p, NORMALIZE: tl.constexpr, ACC: tl.constexpr):
+    """a of one tap, [BLOCK_S].
+
+    Only the difference is scaled: a logit alone, times LOG2E, is beyond float32 where it is the least of its type.
+    """
     b_a = tl.load(p_l, mask=m_p, other=0.0).to(ACC)
     if NORMALIZE:
-        b_a = tl.exp2((b_a - b_lse) * LOG2E)
+        b_a = tl.exp2((b_a - b_max) * LOG2E - b_log)
     return b_a
 
 
@@ -145,12 +160,12 @@ def load_ghosts(p_mul, p_add, m_d, offset, MUL: tl.constexpr, ADD: tl.constexpr,
 
 
 @triton.jit
-def load_filter(p_l, b_mul, b_add, b_lse, m_p, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr, MUL: tl.constexpr,
-                ADD: tl.constexpr, ACC: tl.constexpr):
+def load_filter(p_l, b_mul, b_add, b_max, b_log, m_p, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr,
+                MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr):
     """One tap of the combined filter f = a * mul + add, broadcastable to [BLOCK_S, BLOCK_D]."""
     b_f = b_add
     if ATTENTION:
-        b_f = load_attention(p_l, b_lse, m_p, NORMALIZE, ACC)[:, None]
+        b_f = load_attention(p_l, b_max, b_log, m_p, NORMALIZE, ACC)[:, None]
         if MUL:
             b_f = b_f * b_mul  # [BLOCK_S, 1] * [1, BLOCK_D] -> [BLOCK_S, BLOCK_D]
         if ADD:

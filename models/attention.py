@@ -84,8 +84,10 @@ class WindowAttention(nn.Module):
         w, G = self.window_size, self.num_heads
         rows, columns = (H + w - 1) // w, (W + w - 1) // w  # of windows
         x = F.pad(x, (0, 0, 0, columns * w - W, 0, rows * w - H))
-        shifts = [self.shift if self.always_shift or size > w else 0 for size in (H, W)]
-        if any(shifts):
+        # 0 along an axis of one window, by arithmetic: in an exported file the number of windows may be open.
+        shifts = [self.shift if self.always_shift else self.shift * (1 - 1 // count) for count in (rows, columns)]
+        shifted = any(shift if isinstance(shift, int) else True for shift in shifts)
+        if shifted:
             x = x.roll((-shifts[0], -shifts[1]), (1, 2))
 
         qkv = self.qkv(x).reshape(B, rows, w, columns, w, 3, G, C // G)
@@ -93,7 +95,7 @@ class WindowAttention(nn.Module):
         qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, B, rows * columns * G, w * w, C // G)
         q, k, v = qkv  # (B, windows * G, N, D)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (G, N, N)
-        if any(shifts):
+        if shifted:
             bias = bias + self.shift_mask(rows, columns, shifts, x.device)[:, None]  # (windows, G, N, N)
         else:
             bias = bias.expand(rows * columns, -1, -1, -1)
@@ -101,7 +103,7 @@ class WindowAttention(nn.Module):
 
         x = x.reshape(B, rows, columns, G, w, w, C // G).permute(0, 1, 4, 2, 5, 3, 6)  # (B, rows, w, columns, w, G, D)
         x = x.reshape(B, rows * w, columns * w, C)
-        if any(shifts):
+        if shifted:
             x = x.roll(shifts, (1, 2))
         return self.proj(x[:, :H, :W])
 

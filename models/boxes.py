@@ -6,7 +6,6 @@ Boxes are (n, 4) floats, x0 y0 x1 y1 in pixels, x1 and y1 exclusive. The semanti
 import math
 
 import torch
-from torchvision.ops import box_iou
 
 MAX_LOG_RATIO = math.log(1000 / 16)  # decoding scales a side by at most the exponential of this, up or down
 MAX_PAIRS = 1 << 21  # of boxes and ground truth that are compared at a time: 100 MB
@@ -43,6 +42,8 @@ def assign(boxes, gt_boxes, pos_iou, neg_iou, min_pos_iou=None):
     With `min_pos_iou`, the boxes of highest IoU with a ground truth are matched to it, too, all ties, if that IoU is
     at least `min_pos_iou`. Shapes: boxes (n, 4), gt_boxes (m, 4), either may be empty.
     """
+    from torchvision.ops import box_iou
+
     if not len(gt_boxes) or not len(boxes):
         return torch.full((len(boxes),), -1, dtype=torch.int64, device=boxes.device)
     matched, gt_max, closest = [], [], []

@@ -7,6 +7,8 @@ mmdetection 2.11), whose semantics, parameter names and shapes these are, so tha
 Here are the feature pyramid and the two models; models/rpn.py proposes boxes, models/roi_heads.py detects in them.
 Boxes are (n, 4) float32, x0 y0 x1 y1 in pixels, x1 and y1 exclusive.
 """
+import functools
+
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -45,8 +47,9 @@ class MaskRCNN(nn.Module):
         rpn_samples, roi_samples: anchors, and proposals, of each image that are trained on, drawn at random.
         backbone: any other argument of models.swin.Backbone, e.g. drop_path_rate=0.2, frozen_stages=2.
 
-    Source of all defaults: the published configurations.
+    num_features: channels before the layer of the classes. Source of all defaults: the published configurations.
     """
+    task = "detection"
     attentions = swin.Swin.attentions
     backbone_class = swin.Backbone
     stages = (Stage((0.1, 0.1, 0.2, 0.2), iou_threshold=0.5, weight=1.0),)
@@ -56,7 +59,7 @@ class MaskRCNN(nn.Module):
     def __init__(self, attn="window", num_classes=80, channels=256, hidden=1024, anchor_scale=8, rpn_samples=256,
                  roi_samples=512, **backbone):
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.num_features = num_classes, hidden
         self.backbone = swin.Backbone(attn=attn, **backbone)
         dims, patch_size = self.backbone.dims, self.backbone.patch_embed.proj.kernel_size[0]
         strides = [patch_size * 2 ** level for level in range(len(dims) + 1)]
@@ -67,6 +70,18 @@ class MaskRCNN(nn.Module):
             is_layer = isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
             if is_layer and name.startswith(("neck.", "rpn_head.", "roi_head.")):
                 init_weights(name, module)
+
+    def reset_classifier(self, num_classes):
+        """Fresh layers of so many classes, without the background: logits, deltas and masks of all stages."""
+        self.num_classes = self.roi_head.num_classes = num_classes
+        widths = {"fc_cls": num_classes + 1, "fc_reg": 4 * num_classes, "conv_logits": num_classes}
+        for head in (head for stage in self.roi_head.heads() for head in stage):
+            for name in filter(lambda name: hasattr(head, name), widths):
+                weight = getattr(head, name).weight  # (out, in) or (out, in, 1, 1)
+                kind = nn.Linear if weight.ndim == 2 else functools.partial(nn.Conv2d, kernel_size=1)
+                layer = kind(weight.shape[1], widths[name], device=weight.device, dtype=weight.dtype)
+                init_weights(name, layer)
+                setattr(head, name, layer)
 
     def forward(self, images, sizes, original_sizes=None, targets=None):
         """Detections, or in training mode the losses.

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.ops import batched_nms, generalized_box_iou_loss, roi_align
 
 from models.boxes import assign, decode, encode, sample, scale_factor
 from models.precision import widened
@@ -107,6 +106,8 @@ class RoIHead(nn.Module):
 
     def pool(self, maps, rois, side):
         """RoIAlign of [(n_i, 4), ...] of each image, from the level that suits their area: (sum n_i, C, side, side)."""
+        from torchvision.ops import roi_align
+
         batch_indices = torch.cat([boxes.new_full((len(boxes), 1), i) for i, boxes in enumerate(rois)])
         boxes = torch.cat(rois)
         rois = torch.cat([batch_indices, boxes], 1)
@@ -168,6 +169,8 @@ class RoIHead(nn.Module):
             has_mask=target["has_mask"][gt] if "has_mask" in target else torch.ones_like(gt, dtype=torch.bool))
 
     def box_loss(self, samples, labels, deltas, stage):
+        from torchvision.ops import generalized_box_iou_loss
+
         pos = (labels < self.num_classes).nonzero()[:, 0]
         boxes, deltas = torch.cat([image.rois for image in samples])[pos], deltas[pos, labels[pos]]
         gt_boxes = torch.cat([image.gt_boxes for image in samples])
@@ -210,6 +213,8 @@ class RoIHead(nn.Module):
 
     def select(self, rois, scores, deltas, size, original_size):
         """Boxes, scores and labels of one image: what scores enough, without overlaps within a class."""
+        from torchvision.ops import batched_nms
+
         if not self.cascade:  # as published: what ends at the upper border is nothing
             scores = scores * (rois[:, 3:] != 0)
         boxes = decode(rois[:, None], deltas, self.stages[-1].stds, size)  # (n, num_classes, 4)
@@ -237,6 +242,8 @@ def mask_targets(gt_masks, matched, boxes):
 
     Shapes: gt_masks (m, H, W) bool, matched (n,) int64, boxes (n, 4).
     """
+    from torchvision.ops import roi_align
+
     targets = boxes.new_zeros(len(boxes), 2 * MASK_SIZE, 2 * MASK_SIZE)
     chunk = max(1, (1 << 24) // max(1, gt_masks[:1].numel()))  # at most 64 MB of float32 at a time
     for start in range(0, len(gt_masks), chunk):

@@ -8,7 +8,6 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.ops import batched_nms
 
 from models.boxes import assign, decode, encode, sample
 from models.precision import widened
@@ -67,6 +66,8 @@ class RPNHead(nn.Module):
         Of each level the `pre_nms` best, of these without overlaps the `post_nms` best of all levels.
         logits, deltas: as forward gives them; anchors: [(A, 4), ...] of each level; sizes: [(h, w), ...] to clip to.
         """
+        from torchvision.ops import batched_nms
+
         proposals = []
         for i, size in enumerate(sizes):
             boxes, scores, levels = [], [], []

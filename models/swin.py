@@ -64,11 +64,11 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, 3, H, W) -> (B, ceil(H / patch_size), ceil(W / patch_size), dim), zero-padded right and bottom."""
+    """(B, in_chans, H, W) -> (B, ceil(H / patch_size), ceil(W / patch_size), dim), zero-padded right and bottom."""
 
-    def __init__(self, patch_size, dim):
+    def __init__(self, patch_size, dim, in_chans=3):
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
         self.norm = LayerNorm(dim)
 
     def forward(self, images):
@@ -111,6 +111,7 @@ class Swin(nn.Module):
         attn: one of models.attention.ATTENTIONS: "window", "elsa", ...
         num_classes: width of the logits; 0: no classifier, the model gives pooled features.
         patch_size: pixels along the side of a patch; 4 for photographs, 2 suits 32x32 images.
+        in_chans: channels of the images.
         embed_dim, depths, num_heads: channels of stage 1 (doubled at each stage), blocks and heads of each stage.
         window_size: side of an attention window, in patches.
         mlp_ratio: hidden width of the MLPs, in multiples of the stage's channels.
@@ -121,14 +122,16 @@ class Swin(nn.Module):
         always_shift: shift odd blocks along an axis that fits into one window, too, as the published detectors and
             segmenters do (Swin's and ELSA's alike); the published classifiers do not.
 
-    Shapes: images (B, 3, H, W), any H and W -> logits (B, num_classes).
+    Shapes: images (B, in_chans, H, W), any H and W -> logits (B, num_classes). num_features: channels before the
+    classifier.
     Raises ValueError for arguments that do not fit together and for images of another shape.
     Source of all defaults: arXiv 2112.12786, section 4, and its published configuration (k=7, lam=0, gamma=1, scale 1,
     biases on; windows in the last stage).
     """
+    task = "classification"
     attentions = ATTENTIONS
 
-    def __init__(self, attn="window", num_classes=1000, patch_size=4, embed_dim=96, depths=(2, 2, 6, 2),
+    def __init__(self, attn="window", num_classes=1000, patch_size=4, in_chans=3, embed_dim=96, depths=(2, 2, 6, 2),
                  num_heads=(3, 6, 12, 24), window_size=7, mlp_ratio=4.0, drop_path_rate=0.0, kernel_size=7,
                  group_width=8, lam=0, gamma=1, checkpointing=False, always_shift=False):
         super().__init__()
@@ -150,22 +153,31 @@ class Swin(nn.Module):
                 elsa=dict(qkv_bias=True, qk_scale=1, group_width=group_width, lam=lam, gamma=gamma))
             return Block(dim, attention, mlp_ratio, next(drop_path_rates))
 
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim, in_chans)
         self.layers = nn.ModuleList()
         for stage, (dim, depth) in enumerate(zip(self.dims, depths)):
             blocks = [block(stage, index) for index in range(depth)]
             self.layers.append(Stage(blocks, PatchMerging(dim) if stage < last else None))
-        self.norm = LayerNorm(self.dims[-1])
-        self.head = nn.Linear(self.dims[-1], num_classes) if num_classes else nn.Identity()
+        self.num_features = self.dims[-1]
+        self.norm = LayerNorm(self.num_features)
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         init_linear_layers(self)
 
-    def forward_features(self, images):
-        """Of every stage what it gives, before down-sampling and not normalised.
+    def reset_classifier(self, num_classes):
+        """A fresh classifier of so many classes; 0: none, the model gives pooled features."""
+        self.head = fresh_linear(self.norm.weight, self.num_features, num_classes) if num_classes else nn.Identity()
 
-        Four (B, C_i, H_i, W_i), strides 4, 8, 16, 32.
+    def forward_features(self, images):
+        """Of every stage what it gives, before down-sampling and not normalised: a backbone for detectors elsewhere.
+
+        Images (B, in_chans, H, W) of any size -> four (B, C_i, H_i, W_i), views with channels last in memory. C_i are
+        self.dims: embed_dim times 1, 2, 4 and 8; strides patch_size times 1, 2, 4 and 8, by default 4, 8, 16 and 32;
+        H_i is H over the stride, rounded up at every down-sampling. models.swin.Backbone puts a layer norm of its own
+        behind each, as the published detectors and segmenters have it.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images have shape {tuple(images.shape)}; Swin expects (B, 3, H, W)")
+        in_chans = self.patch_embed.proj.in_channels
+        if images.ndim != 4 or images.shape[1] != in_chans:
+            raise ValueError(f"images have shape {tuple(images.shape)}; Swin expects (B, {in_chans}, H, W)")
         x = self.patch_embed(images)  # (B, H, W, C)
         outputs = []
         for stage in self.layers:
@@ -185,7 +197,7 @@ class Backbone(Swin):
     """Feature maps of all stages for detectors and segmenters, each through a layer norm of its own.
 
     Arguments as Swin, without a classifier. frozen_stages: the patch embedding and so many stages after it are not
-    trained; 0: all are. Shapes: images (B, 3, H, W) -> four (B, C_i, H_i, W_i), strides 4, 8, 16, 32.
+    trained; 0: all are. Shapes: images (B, in_chans, H, W) -> four (B, C_i, H_i, W_i), strides 4, 8, 16, 32.
     """
 
     def __init__(self, frozen_stages=0, **options):
@@ -214,6 +226,13 @@ class Backbone(Swin):
 def check_drop_path_rate(rate):
     if not 0 <= rate < 1:
         raise ValueError(f"drop_path_rate = {rate} is not a rate of stochastic depth; give a number in [0, 1)")
+
+
+def fresh_linear(like, dim_in, dim_out):
+    """A linear layer as init_linear_layers leaves one, on the device and of the dtype of the tensor `like`."""
+    layer = nn.Linear(dim_in, dim_out, device=like.device, dtype=like.dtype)
+    init_linear_layers(layer)
+    return layer
 
 
 def init_linear_layers(model):

@@ -79,24 +79,29 @@ class UPerNet(nn.Module):
         dropout: rate of the channels dropped before the classifiers in training.
         backbone: any other argument of models.swin.Backbone, e.g. drop_path_rate=0.3.
 
-    Source of all defaults: the published configurations.
+    num_features: channels before the classifier. Source of all defaults: the published configurations.
     """
+    task = "segmentation"
     attentions = swin.Swin.attentions
     backbone_class = swin.Backbone
 
     def __init__(self, attn="window", num_classes=150, channels=512, auxiliary_channels=256, dropout=0.1, **backbone):
         super().__init__()
         self.backbone = swin.Backbone(attn=attn, **backbone)
+        self.num_features = channels
         dims = self.backbone.dims
         self.decode_head = PyramidHead(dims, channels, num_classes, dropout)
         self.auxiliary_head = AuxiliaryHead(dims[-2], auxiliary_channels, num_classes, dropout)
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.startswith("backbone."):
-                if module.bias is None:
-                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                else:
-                    nn.init.normal_(module.weight, std=0.01)
-                    nn.init.zeros_(module.bias)
+                init_convolution(module)
+
+    def reset_classifier(self, num_classes):
+        """Fresh classifiers of so many classes."""
+        for head in (self.decode_head, self.auxiliary_head):
+            weight = head.conv_seg.weight
+            head.conv_seg = nn.Conv2d(weight.shape[1], num_classes, 1, device=weight.device, dtype=weight.dtype)
+            init_convolution(head.conv_seg)
 
     def forward(self, images, coarse=False):
         """coarse: leave the logits at the size of the finest map, (B, num_classes, H / 4, W / 4), rounded up. The
@@ -109,6 +114,14 @@ class UPerNet(nn.Module):
         if not self.training:
             return logits
         return logits, resize(self.auxiliary_head(maps[-2]), images.shape[2:])
+
+
+def init_convolution(module):
+    if module.bias is None:
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    else:  # a classifier
+        nn.init.normal_(module.weight, std=0.01)
+        nn.init.zeros_(module.bias)
 
 
 def resize(x, size):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import ATTENTIONS, local_attention
 from models.precision import LayerNorm
-from models.swin import Block, check_drop_path_rate, init_linear_layers
+from models.swin import Block, check_drop_path_rate, fresh_linear, init_linear_layers
 
 CONFIGS = {
     "volo_d1": dict(embed_dim=192, depths=(4, 4, 8, 2), num_heads=(6, 12)),
@@ -72,12 +72,12 @@ class ClassBlock(Block):
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, 3, H, W) -> (B, H / patch_size, W / patch_size, dim): a convolutional stem at half the resolution."""
+    """(B, in_chans, H, W) -> (B, H / patch_size, W / patch_size, dim): a convolutional stem at half the resolution."""
 
-    def __init__(self, patch_size, stem_dim, dim):
+    def __init__(self, patch_size, stem_dim, dim, in_chans=3):
         super().__init__()
         layers = []
-        for dim_in, kernel_size, stride in ((3, 7, 2), (stem_dim, 3, 1), (stem_dim, 3, 1)):
+        for dim_in, kernel_size, stride in ((in_chans, 7, 2), (stem_dim, 3, 1), (stem_dim, 3, 1)):
             layers.append(nn.Conv2d(dim_in, stem_dim, kernel_size, stride, kernel_size // 2, bias=False))
             layers += [nn.BatchNorm2d(stem_dim), nn.ReLU(inplace=True)]
         self.conv = nn.Sequential(*layers)
@@ -108,6 +108,7 @@ class VOLO(nn.Module):
         img_size: side of the images, which fixes the grid of the position embedding. Images of another size get it
             interpolated.
         patch_size: pixels along the side of a patch of stage 1, even; 8 for photographs, 4 suits 32x32 images.
+        in_chans: channels of the images.
         embed_dim, depths, num_heads: channels of stage 1 (doubled afterwards), blocks of the four stages, heads of
             stage 1 and of the others.
         mlp_ratio: hidden width of the MLPs, in multiples of the stage's channels.
@@ -118,15 +119,17 @@ class VOLO(nn.Module):
         group_width, lam, gamma: of the ELSA layers, see models.elsa.ELSA.
         checkpointing: recompute the blocks in the backward pass instead of keeping their activations.
 
-    Shapes: images (B, 3, H, W); sides that are no multiple of 2 * patch_size are zero-padded right and bottom.
+    Shapes: images (B, in_chans, H, W); sides that are no multiple of 2 * patch_size are zero-padded right and bottom.
     Evaluating: logits (B, num_classes), those of the class token plus half the largest of the pixels'. Training: (class
     token's logits (B, num_classes), pixels' logits (B, h, w, num_classes)), with (h, w) = token_grid(H, W).
+    num_features: channels before the classifiers.
     Raises ValueError for arguments that do not fit together and for images of another shape.
     Source of all defaults: arXiv 2106.13112, table 2, and the published models.
     """
+    task = "classification"
     attentions = ("outlook", *(attn for attn in ATTENTIONS if attn != "outlook"))  # the architecture's own first
 
-    def __init__(self, attn="outlook", num_classes=1000, img_size=224, patch_size=8, embed_dim=192,
+    def __init__(self, attn="outlook", num_classes=1000, img_size=224, patch_size=8, in_chans=3, embed_dim=192,
                  depths=(4, 4, 8, 2), num_heads=(6, 12), mlp_ratio=3.0, stem_dim=64, drop_path_rate=0.0, kernel_size=5,
                  window_size=7, group_width=8, lam=1, gamma=1, checkpointing=False):
         super().__init__()
@@ -135,7 +138,7 @@ class VOLO(nn.Module):
                              "give an even number")
         check_drop_path_rate(drop_path_rate)
         self.patch_size, self.checkpointing = patch_size, checkpointing
-        dim = 2 * embed_dim
+        self.num_features = dim = 2 * embed_dim
         drop_path_rates = (drop_path_rate * n / max(1, sum(depths) - 1) for n in range(depths[0], sum(depths)))
 
         def local_block(index):
@@ -149,7 +152,7 @@ class VOLO(nn.Module):
         def global_block():
             return Block(dim, SelfAttention(dim, num_heads[1]), mlp_ratio, next(drop_path_rates))
 
-        self.patch_embed = PatchEmbed(patch_size, stem_dim, embed_dim)
+        self.patch_embed = PatchEmbed(patch_size, stem_dim, embed_dim, in_chans)
         self.pos_embed = nn.Parameter(torch.empty(1, *self.token_grid(img_size, img_size), dim))
         self.network = nn.ModuleList([nn.Sequential(*map(local_block, range(depths[0]))), Downsample(embed_dim)])
         for depth in depths[1:]:
@@ -169,14 +172,21 @@ class VOLO(nn.Module):
         side = 2 * self.patch_size
         return (H + side - 1) // side, (W + side - 1) // side
 
-    def forward(self, images, swap=None):
-        """Logits as the class says. `swap`, (h, w) bool, is for mix-token.
+    def reset_classifier(self, num_classes):
+        """Fresh classifiers of so many classes; 0: none, the model gives the class token."""
+        self.head, self.aux_head = (fresh_linear(self.norm.weight, self.num_features, num_classes)
+                                    if num_classes else None for _ in range(2))
 
-        The tokens there change places with those of the reversed batch before stage 1, and the pixels' logits change
-        back, so that they are those of the image they came from.
+    def forward_features(self, images, swap=None):
+        """Images (B, in_chans, H, W) -> (the class token and those of the pixels, normalised: (B, 1 + h * w, C), maps).
+
+        maps: what the four stages give, (B, C_i, H_i, W_i), the first at patch_size, the others at twice that; they
+        are not normalised. `swap`, (h, w) bool, is for mix-token: the tokens there change places with those of the
+        reversed batch before stage 1.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images have shape {tuple(images.shape)}; VOLO expects (B, 3, H, W)")
+        in_chans = self.patch_embed.conv[0].in_channels
+        if images.ndim != 4 or images.shape[1] != in_chans:
+            raise ValueError(f"images have shape {tuple(images.shape)}; VOLO expects (B, {in_chans}, H, W)")
         h, w = self.token_grid(*images.shape[2:])
         side = 2 * self.patch_size
         images = F.pad(images, (0, w * side - images.shape[3], 0, h * side - images.shape[2]))
@@ -187,22 +197,29 @@ class VOLO(nn.Module):
             swap_patches = swap.repeat_interleave(2, 0).repeat_interleave(2, 1)  # (2h, 2w)
             x = torch.where(swap_patches[..., None], x.flip(0), x)
 
+        maps = []
         for i, stage in enumerate(self.network):
             if i == 2:  # after the down-sampling
                 x = x + interpolate_pos_embed(self.pos_embed, h, w)
             for block in stage if isinstance(stage, nn.Sequential) else [stage]:
                 x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)  # (B, 1 + h * w, C)
+            if i != 1:  # the down-sampling
+                maps.append(x.permute(0, 3, 1, 2))
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)  # (B, 1 + h * w, C)
         for block in self.post_network:
             x = block(x)
-        x = self.norm(x)
+        return self.norm(x), tuple(maps)
 
+    def forward(self, images, swap=None):
+        """Logits as the class says. `swap`: see forward_features; the pixels' logits change back, so that they are
+        those of the image they came from."""
+        x, _ = self.forward_features(images, swap)
         if self.head is None:
             return x[:, 0]
         logits, token_logits = self.head(x[:, 0]), self.aux_head(x[:, 1:])
         if not self.training:
             return logits + 0.5 * token_logits.amax(1)
-        token_logits = token_logits.unflatten(1, (h, w))
+        token_logits = token_logits.unflatten(1, self.token_grid(*images.shape[2:]))
         if swap is not None:
             token_logits = torch.where(swap[..., None], token_logits.flip(0), token_logits)
         return logits, token_logits
@@ -210,6 +227,6 @@ class VOLO(nn.Module):
 
 def interpolate_pos_embed(pos_embed, h, w):
     """(1, h0, w0, C) -> (1, h, w, C), bicubic as published; itself when the grid is the same."""
-    if pos_embed.shape[1:3] == (h, w):
+    if isinstance(h, int) and isinstance(w, int) and pos_embed.shape[1:3] == (h, w):  # they may be open in export
         return pos_embed
     return F.interpolate(pos_embed.permute(0, 3, 1, 2), (h, w), mode="bicubic").permute(0, 2, 3, 1)

@@ -1,5 +1,7 @@
 """Weights of our own and of the published models, told apart by their keys."""
 import argparse
+import importlib.util
+import math
 import re
 import sys
 import zipfile
@@ -8,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from models import published
 from models.attention import WindowAttention
 from models.volo import interpolate_pos_embed
 
@@ -19,6 +22,7 @@ BUFFERS = ("relative_position_index", "relative_id", "attn_mask")  # computed fr
 # Of newer mmdetection, mmsegmentation and mmpretrain: Swin's names there, and ours.
 MMDETECTION = {r"\bpatch_embed\.projection\.": "patch_embed.proj.", r"\bstages\.": "layers.", r"\.w_msa\.": ".",
                r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.", r"\.ffn\.layers\.1\.": ".mlp.fc2."}
+FIRST_CONVOLUTION = re.compile(r"(backbone\.)?patch_embed\.(proj|conv\.0)\.weight")
 BYTEARRAY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")  # torch would make one of any length, and fill it
 CLASSIFIER = re.compile(
     r"(head|aux_head"
@@ -31,23 +35,34 @@ def load_weights(model, source, classifier=True):
 
     Args:
         model: as create_model gives it.
-        source: a file written by torch.save, or what such a file contains. Either a state dict or a checkpoint holding
-            one as "model_ema", "ema_state_dict", "state_dict_ema", "ema", "model" or "state_dict": the first of these
-            that holds tensors, so a moving average goes before the weights it averages. (mmengine exchanges the two
-            when it saves; its files are known by their count of steps.) "module.", "_orig_mod." and "model." before
-            all keys are taken off. Known by their keys are our own, the published ELSA-Swin, Microsoft's Swin, timm's
-            Swin, VOLO, sail-sg's or timm's, and the published ELSA and Swin segmenters and detectors, with the names
-            of older and newer mmdetection. A position embedding of another grid and the bias tables of another window
-            are interpolated, bicubic as published; of the latter a line on stderr tells. Segmenters and detectors take
-            a classifier's file, too: for the backbone, their heads stay as they are.
-        classifier: False leaves the classifier as it is, for fine-tuning on other classes.
+        source: a file of torch.save or, with that ending, of safetensors, or what such a file contains, or "published":
+            what the authors published for this model and attention, see models.published. Either a state dict or a
+            checkpoint holding one as "model_ema", "ema_state_dict", "state_dict_ema", "ema", "model" or "state_dict":
+            the first of these that holds tensors, so a moving average goes before the weights it averages. (mmengine
+            exchanges the two when it saves; its files are known by their count of steps.) "module.", "_orig_mod." and
+            "model." before all keys are taken off. Known by their keys are our own, the published ELSA-Swin,
+            Microsoft's Swin, timm's Swin, VOLO, sail-sg's or timm's, and the published ELSA and Swin segmenters and
+            detectors, with the names of older and newer mmdetection. A position embedding of another grid and the bias
+            tables of another window are interpolated, bicubic as published; of the latter a line on stderr tells. So it
+            does of a first convolution for three channels in a model of others: for one channel it is summed, for more
+            repeated and scaled, as timm does. Segmenters and detectors take a classifier's file, too: for the backbone,
+            their heads stay as they are.
+        classifier: False leaves the classifier as it is, for fine-tuning on other classes; "fitting" does where it is
+            of another number of classes, and says so.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, ConnectionError: there is no such file; it cannot be fetched.
         ValueError: the file is damaged, or it would run code when read (it is refused, nothing runs), or its weights
             are not those of the model: all keys that are missing, unexpected or of another shape are listed.
     """
-    checkpoint = source if isinstance(source, dict) else _read(source)
+    if published.is_name(source):
+        source = published.fetch(source, _created(model), read)
+    return load_checkpoint(model, source if isinstance(source, dict) else read(source),
+                           "the given state dict" if isinstance(source, dict) else source, classifier)
+
+
+def load_checkpoint(model, checkpoint, where, classifier=True):
+    """load_weights of what a file contains; where: what to call it."""
     state = _convert_keys(_state_dict(checkpoint))
     expected = model.state_dict()
     strict = classifier
@@ -59,6 +74,13 @@ def load_weights(model, source, classifier=True):
     elif not hasattr(model, "backbone"):  # mmpretrain's classifiers have one
         state = {key.replace("backbone.norm3.", "norm.").removeprefix("backbone."): value
                  for key, value in state.items()}
+    if classifier == "fitting":
+        heads = [{key: value.shape for key, value in weights.items() if CLASSIFIER.match(key)}
+                 for weights in (state, expected)]
+        classifier = heads[0] == heads[1]
+        strict = strict and classifier
+        if not classifier and all(heads):
+            print(f"the classifier of {where} is of other classes: this one starts fresh", file=sys.stderr)
     if not classifier:
         state = {key: value for key, value in state.items() if not CLASSIFIER.match(key)}
         expected = {key: value for key, value in expected.items() if not CLASSIFIER.match(key)}
@@ -66,9 +88,9 @@ def load_weights(model, source, classifier=True):
     if "pos_embed" in expected and embedding is not None and embedding.ndim == 4 and embedding.numel():
         state["pos_embed"] = interpolate_pos_embed(embedding.float(), *expected["pos_embed"].shape[1:3])
     interpolated = _interpolate_tables(model, state, expected)
+    _adapt_channels(state, expected)
     problems = _differences(state, expected)
     if problems:
-        where = "the given state dict" if isinstance(source, dict) else source
         raise ValueError(
             f"{where} does not fit this {type(model).__name__}; nothing was loaded. Create the model with the name, "
             "attn, num_classes and overrides the weights were trained with.\n  " + "\n  ".join(problems))
@@ -107,8 +129,36 @@ def _interpolate_tables(model, state, expected):
     return done
 
 
-def _read(path):
+def _adapt_channels(state, expected):
+    """Fits the first convolution in `state`, of three channels, to a model of others."""
+    for key in filter(FIRST_CONVOLUTION.fullmatch, expected.keys() & state.keys()):
+        weight, channels = state[key], expected[key].shape[1]
+        if weight.ndim == 4 and weight.shape[1] == 3 != channels:
+            if channels == 1:
+                weight = weight.sum(1, keepdim=True)
+            else:
+                weight = weight.repeat(1, math.ceil(channels / 3), 1, 1)[:, :channels] * (3 / channels)
+            state[key] = weight
+            print(f"the first convolution, of 3 channels, is fitted to {channels}", file=sys.stderr)
+
+
+def _created(model):
+    if not hasattr(model, "created"):
+        raise ValueError(f"published weights are found by the name of a model, and this {type(model).__name__} was not "
+                         "made by create_model; give a file")
+    return model.created
+
+
+def read(path):
+    """What a file written by torch.save contains, on the CPU; raises as load_weights says."""
+    safetensors = str(path).endswith(".safetensors")
+    if safetensors and importlib.util.find_spec("safetensors") is None:
+        raise ValueError(f"{path}: reading it needs a package that is not installed: `pip install safetensors`")
     try:
+        if safetensors:
+            from safetensors import safe_open
+            with safe_open(path, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}
         check_archive(path)
         with torch.serialization.safe_globals(_data_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -121,8 +171,8 @@ def _read(path):
                 f"{path} was refused: reading it would run code ({code[1]}). A checkpoint may hold only tensors, "
                 "numbers, strings and containers of these. If you trust its origin, load it yourself and save its "
                 "state dict alone.") from error
-        raise ValueError(f"{path} cannot be read: it is damaged, or torch.save did not write it. Copy or download it "
-                         "again.") from error
+        raise ValueError(f"{path} cannot be read: it is damaged, or neither torch.save nor safetensors wrote it. "
+                         "Copy or download it again.") from error
 
 
 def check_archive(path):

@@ -1,4 +1,6 @@
-"""Which path a call takes, and that the folder works without triton."""
+"""Which path a call takes, and that the folder works without triton, and elsewhere under another name."""
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +32,55 @@ def test_works_without_triton():
     process = subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_TRITON], cwd=Path(__file__).parent.parent,
                              capture_output=True, text=True)
     assert process.stdout == "torch.Size([1, 4, 4, 6])\ntorch.Size([1, 4, 4, 8])\nTrue\nTrue\n", process.stderr
+
+
+LIFTED = """
+import importlib, os, pkgutil, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from mylib import elsa_kernels as lifted
+
+def gradients(backend):
+    os.environ["ELSA_BACKEND"] = backend
+    torch.manual_seed(0)
+    v, logits, add, q, weight, bias = leaves = [torch.randn(shape, requires_grad=True) for shape in (
+        (1, 3, 4, 6), (1, 18, 3, 4), (6, 3, 3), (1, 3, 4, 8), (8, 4, 3, 3), (8,))]
+    out = lifted.elsa_attention(v, logits, None, add, kernel_size=3), lifted.hadamard(q, q, weight, bias)
+    return [*out, *torch.autograd.grad(out, leaves, [torch.randn_like(x) for x in out])]
+
+if lifted.backend.HAS_TRITON:
+    for module in pkgutil.iter_modules(lifted.__path__):
+        importlib.import_module(f"mylib.elsa_kernels.{module.name}")
+for backend in ("", "triton") if lifted.backend.HAS_TRITON else ("",):
+    results = gradients(backend)
+    for result, expected in zip(results, gradients("")):
+        torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+ours = {"kernels", "models", "train", "eval", "torchvision"} & sys.modules.keys()
+print(len(results), *ours)
+"""
+
+
+def test_works_elsewhere_under_another_name(tmp_path):
+    """Of the project nothing but the folder is there, and nothing else is imported than torch and triton."""
+    shutil.copytree(Path(backend.__file__).parent, tmp_path / "mylib/elsa_kernels")
+    process = subprocess.run(
+        [sys.executable, "-I", "-W", "ignore", "-c", LIFTED, tmp_path], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert process.stdout == "8\n", process.stderr
+
+
+WITHOUT_TORCHVISION = """
+import sys, torch
+sys.modules["torchvision"] = None
+from models import create_model
+print(create_model("swin_t", attn="elsa", depths=(1, 1, 1, 1), num_classes=3)(torch.zeros(1, 3, 32, 32)).shape)
+"""
+
+
+def test_classifiers_need_no_torchvision():
+    process = subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_TORCHVISION], capture_output=True, text=True,
+                             cwd=Path(__file__).parent.parent)
+    assert process.stdout == "torch.Size([1, 3])\n", process.stderr
 
 
 def test_cpu_tensors_take_the_kernels_only_when_asked(monkeypatch):

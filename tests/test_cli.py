@@ -1,6 +1,7 @@
 """The real commands, as a user types them, at a small size."""
 import errno
 import io
+import json
 import os
 import re
 import shutil
@@ -14,14 +15,16 @@ import yaml
 
 from models import create_model
 from photographs import image_folder
-from run import COMMANDS, main, place_of
-from train.config import KEYS, resolve
+from run import COMMANDS, VERSION, main, place_of
+from train.classification import Scenes
+from train.config import KEYS, resolve, to_dict
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--img-size", "16", "--patch-size", "2", "--window-size", "2", "--model-args",
         "{embed_dim: 12, depths: [1, 1, 1, 1], num_heads: [1, 1, 1, 1]}", "--epochs", "1", "--warmup-epochs", "0",
         "--batch-size", "8", "--device", "cpu"]
 
+TINY_OPTIONS = dict(zip([word[2:].replace("-", "_") for word in TINY[::2]], TINY[1::2]))
 TINY_MODEL = dict(patch_size=2, window_size=2, embed_dim=12, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1])
 
 
@@ -91,6 +94,24 @@ def test_resume_takes_the_runs_options_and_refuses_other_classes(tmp_path, photo
     assert main([*command, *TINY, *weights, "--fresh-head"]) == 0
 
 
+def test_json_is_all_that_stdout_gets(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = resolve({"model": "swin_t", "device": "cpu", **TINY_OPTIONS})[0]
+    torch.save({"model": create_model("swin_t", num_classes=8, **TINY_MODEL).state_dict(), "config": to_dict(config),
+                "classes": list(Scenes.classes)}, "best.pt")
+    assert main(["eval", "--weights", ".", "--val-limit", "9", "--device", "cpu", "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["images"] == 9 and found["model"] == "swin_t" and found["weights"] == "best.pt" and "top1" in found
+    assert "9 images of held-out rendered scenes" in printed.err and "top-5" in printed.err
+    assert main(["info", "swin_t", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == 28288354 and found["layers"][0]["layer"] == "patch_embed"
+    assert main(["info", "swin_t", "--recipe", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["options"]["lr"] and found["published"]["lr"]
+
+
 def test_train_photos_with_the_paper_recipe_and_eval(tmp_path, photos):
     given = ["--attn", "elsa", "--data", photos, "--workers", "1"]
     out = succeed(tmp_path, "train", "swin_t", *given, *TINY, "--out", "mine")
@@ -137,9 +158,21 @@ def test_unknown_option_fails_at_once(tmp_path):
     assert result.stderr == "error: unknown option --epohcs; did you mean --epochs? --help lists all\n"
 
 
-def test_usage_has_examples(capsys):
-    assert main([]) == main(["--help"]) == 0
-    assert capsys.readouterr().out.count("python run.py train swin_t --attn elsa ") == 6
+def test_the_first_screen_and_the_examples(capsys):
+    assert main([]) == 0
+    screen = capsys.readouterr().out.splitlines()
+    assert len(screen) <= 24 and max(map(len, screen)) <= 100
+    text = "\n".join(screen)
+    assert all(name in text for name in COMMANDS) and "volo_d1" in text and "run.py train swin_t --attn elsa" in text
+    assert main(["--help"]) == main(["help"]) == 0
+    examples = capsys.readouterr().out
+    assert examples.count("python run.py train swin_t --attn elsa ") == 6
+    assert all(f"run.py {name} " in examples or name == "bench" for name in COMMANDS)
+
+
+def test_version_names_what_results_depend_on(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"elsa {VERSION}, torch {torch.__version__.split('+')[0]}")
 
 
 def options_in(capsys, *arguments):

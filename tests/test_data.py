@@ -91,10 +91,31 @@ def test_a_resumed_run_sees_what_it_would_have_seen(tmp_path):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
-@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("batch_size", [1, 2])
 def test_ranks_share_validation_images_without_padding(world, batch_size):
     images = torch.arange(5)
     shares = [[int(value) for part in validation_loader(images, batch_size, rank, world, 0) for value in part.flatten()]
               for rank in range(world)]
     assert sorted(sum(shares, [])) == list(range(5))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@settings(deadline=None, max_examples=50)
+@given(groups=st.lists(st.integers(0, 3), max_size=20), batch_size=st.integers(1, 5), world=st.integers(1, 4))
+def test_batches_for_validation_are_of_one_group(groups, batch_size, world):
+    class Images(list):
+        shapes = groups
+
+    images = Images(range(len(groups)))
+    shares = [list(validation_loader(images, batch_size, rank, world, 0, by_shape=True)) for rank in range(world)]
+    for batches in shares:
+        of_batch = [{groups[image] for image in batch} for batch in batches]
+        assert all(len(kinds) == 1 for kinds in of_batch) and all(len(batch) <= batch_size for batch in batches)
+        for kind in range(4):  # no more batches than it takes
+            sizes = [len(batch) for batch, kinds in zip(batches, of_batch) if kinds == {kind}]
+            assert all(size == batch_size for size in sizes[:-1])
+    images = [sum(batches, []) for batches in shares]
+    assert sorted(sum(images, [])) == list(range(len(groups)))
+    assert max(map(len, images)) - min(map(len, images)) <= 1
+    if len({*groups}) == 1 or batch_size == 1:
+        assert images == [list(range(rank, len(groups), world)) for rank in range(world)]

@@ -47,8 +47,10 @@ def test_a_line_now_and_then_without_a_terminal(capsys, monkeypatch):
 
 
 def test_an_epoch_is_one_line(capsys):
-    row = {"epoch": 2, "train_loss": 0.5, "val_loss": 0.25, "top1": 81.234, "images_per_s": 99.6}
+    row = {"epoch": 2, "train_loss": 0.5, "val_loss": 0.25, "top1": 81.234, "images_per_s": 99.6, "waiting": 0.123,
+           "evaluation_s": 3.21, "saving_s": 0.06, "memory": 1.26e9}
     Progress(10, 0, 8, rank=0).epoch(row, 3, {"top1": "top-1"})
-    assert capsys.readouterr().out == "epoch 2/3  loss 0.500  val loss 0.250  top-1 81.23  100 images/s\n"
+    assert capsys.readouterr().out == ("epoch 2/3  loss 0.500  val loss 0.250  top-1 81.23  100 images/s, 12% waiting "
+                                       "for data  evaluated in 3.2 s, saved in 0.1 s  1.3 GB\n")
     Progress(10, 0, 8, rank=1).epoch(row, 3, {"top1": "top-1"})
     assert not capsys.readouterr().out

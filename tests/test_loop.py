@@ -234,7 +234,7 @@ def test_the_moving_average_begins_with_its_first_update():
         for parameter in state.model.parameters():
             parameter.add_(1)
     state.update_ema()
-    for name, average in state.ema.module.named_parameters():
+    for name, average in state.ema.named_parameters():
         assert torch.allclose(average, start[name] + 0.25), name
 
 

@@ -9,7 +9,7 @@ import torch
 from faster_coco_eval import mask as rle
 from PIL import Image
 
-from eval import drawing, predict
+from eval import class_names, drawing, predict
 from models import create_model
 from run import main
 
@@ -35,6 +35,17 @@ def test_five_likeliest_classes(legends):
     assert [entry["probability"] for entry in found["top5"]] == pytest.approx([0.4, 0.3, 0.15, 0.08, 0.04], abs=1e-4)
     assert legends[0][:2] == [(None, "dog  40.0%"), (None, "bee  30.0%")] and len(legends[0]) == 5
     assert predict.summary(found) == "dog 40.0%, bee 30.0%, fox 15.0%"
+
+
+def test_imagenet_classes_are_called_by_their_words(legends):
+    chances = torch.tensor([0.1, 0.6, 0.3])
+    classes = ["n02123045", "n02012849", "mine"]
+    _, found = predict.classify(lambda x: chances.log()[None], Image.new("RGB", (40, 30)), classes, CONFIG, CPU)
+    assert [(entry["class"], entry.get("name")) for entry in found["top5"]] == [
+        ("n02012849", "crane, bird"), ("mine", None), ("n02123045", "tabby")]
+    assert legends[0][0] == (None, "crane, bird  60.0%")
+    assert predict.summary(found) == "crane, bird 60.0%, mine 30.0%, tabby 10.0%"
+    assert len(set(class_names.words().values())) == 1000
 
 
 def test_there_may_be_fewer_than_five_classes(legends):
@@ -87,6 +98,18 @@ def test_objects_with_boxes_and_masks():
     assert (drawn[60, 30] == bee).all() and (drawn[110, 150] == dog).all() and (drawn[80, 85] == bee).all()  # edges
     assert (drawn[24, 31] == bee).all() and (drawn[8:20] == 100).all()  # the name stands on the box
     assert predict.summary(answer) == "bee 90.0%, dog 60.0%, elk 30.0%"
+
+
+def test_of_many_objects_the_best_are_drawn_and_the_rest_counted(monkeypatch):
+    n = predict.AT_MOST + 3
+    scores = torch.cat([torch.linspace(0.9, 0.4, n), torch.tensor([0.2, 0.1])])
+    found = {"boxes": torch.tensor([[1.0, 1, 9, 9]]).repeat(n + 2, 1), "labels": torch.zeros(n + 2, dtype=torch.int64),
+             "scores": scores, "masks": torch.zeros(n + 2, 20, 30, dtype=torch.bool)}
+    drawn = []
+    monkeypatch.setattr(predict, "draw_objects", lambda pixels, objects, masks: drawn.extend(objects))
+    _, answer = predict.detect(lambda *_: [found], Image.new("RGB", (30, 20)), CLASSES, CONFIG, CPU)
+    assert len(answer["objects"]) == n + 2 and drawn == answer["objects"][:predict.AT_MOST]
+    assert predict.summary(answer) == "ant 90.0%, ant 88.4%, ant 86.9%, and 3 objects that are not drawn"
 
 
 def test_nothing_found_is_nothing_drawn():
@@ -185,7 +208,9 @@ def seen(folder="new/seen"):
 def test_files_of_a_classifier(command, capsys):
     assert command("swin_t", "a.png", "b.jpg", "a.png") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[1].startswith("2/2  b.jpg -> new/seen/b.png, .json  ")
+    assert lines[0].startswith("predict swin_t, attn default, weights.pt")
+    assert lines[1] == "  2 photographs at 32 px on cpu, to new/seen/"
+    assert len(lines) == 4 and lines[3].startswith("2/2  b.jpg -> new/seen/b.png, .json  ")
     assert seen() == ["a.json", "a.png", "b.json", "b.png"]
     content = json.loads(Path("new/seen/b.json").read_text())
     assert list(content) == ["image", "model", "top5"] and (content["image"], content["model"]) == ("b.jpg", "swin_t")

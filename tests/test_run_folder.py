@@ -1,11 +1,14 @@
 """train/run_folder.py: which folder, and files that are either old or whole."""
 import errno
+import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+from train import run_folder
 from train.checkpoint import PROGRESS, save_atomically
 from train.config import to_dict
 from train.run_folder import RunFolder, replace_atomically
@@ -118,3 +121,25 @@ def test_what_a_run_leaves(tmp_path):
     assert last.keys() - best.keys() == {*PROGRESS} and best.keys() <= last.keys()
     logged = rows(folder)
     assert [row.get("step") for row in logged] == [0, 1, 2, None] and logged[-1]["epoch"] == 1
+
+
+def test_curves_are_drawn_without_reading_the_log_again(tmp_path, monkeypatch):
+    """The same picture, to the byte, in a run, from the rows that it logs, and when it goes on, from those it kept."""
+    def drawn(name, resumed):
+        folder = RunFolder(tmp_path / name / "run", True, METRICS, resumes=resumed)
+        folder.path.mkdir(parents=True)
+        logged = [dict(step=step, epoch=step // 3, loss=2 / (step + 1), lr=1e-3) for step in range(7)]
+        logged[3:3], logged[7:7] = [dict(epoch=1, train_loss=2, top1=50)], [dict(epoch=2, train_loss=1, top1=75)]
+        if resumed:
+            (folder.path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged[:6]))
+            state = SimpleNamespace(step=4, epoch=1, model=torch.nn.Linear(1, 1))
+            folder.announce(tiny(), [], state, 24, 9, 1, torch.device("cpu"))
+        with monkeypatch.context() as patch:
+            patch.setattr(run_folder, "read_log", lambda path: pytest.fail("the log is read again"))
+            for row in logged[5:] if resumed else logged:
+                folder.log(**row)
+            folder.plot()
+        assert rows(folder.path) == logged
+        return (folder.path / "curves.png").read_bytes()
+
+    assert drawn("whole", False) == drawn("resumed", True)

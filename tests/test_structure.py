@@ -10,14 +10,22 @@ ROOT = Path(__file__).parent.parent
 TOP = {"kernels", "models", "train", "eval", "tests", "docs", ".ci", "run.py", "requirements.txt", "README.md",
        "LICENSE", ".gitignore", "pyproject.toml"}
 ORDER = ("tests", "run", "eval", "train", "models", "kernels")  # each may import itself and what comes after it
-OUTSIDE = {"kernels": {"torch", "triton"}, "models": {"torch", "torchvision", "numpy"}}  # beside the standard library
+OUTSIDE = {  # what a folder, or a file of it, may import beside the standard library
+    "kernels": {"torch", "triton"},
+    "models": {"torch", "torchvision", "numpy", "yaml", "safetensors"},
+    "models.timm_models": {"torch", "timm"},  # optional: nothing of ours imports it
+}
 LATE = {  # what may be imported inside a function, and why
     "triton": "has no packages for macOS and Windows, where the CPU path works; so may our modules that import it",
     "matplotlib": "slow, and only plots need it",
     "faster_coco_eval": "only detection needs it",
     "resource": "not on Windows",
+    "torchvision": "only detection needs it of the models",
     "datasets": "optional: only --data hf:... needs it",
     "timm": "optional: the bench of the input measures it where it is there",
+    "safetensors": "optional, as its files are",
+    "onnx": "optional: only `run.py export --format onnx` needs it and onnxruntime",
+    "onnxruntime": "optional",
 }
 
 
@@ -55,12 +63,15 @@ def complaints(root):
     found = []
     for name, path in modules.items():
         folder = name.split(".")[0]
+        outside = OUTSIDE.get(name, OUTSIDE.get(folder))
         for target, inside in graph[name]:
             top = target.split(".")[0]
             if folder in ORDER and top in ORDER and ORDER.index(top) < ORDER.index(folder):
                 found.append(f"{path} imports {target}: an arrow that runs back")
-            elif folder in OUTSIDE and top not in {*ORDER, *OUTSIDE[folder], *sys.stdlib_module_names}:
+            elif outside and top not in {*ORDER, *outside, *sys.stdlib_module_names}:
                 found.append(f"{path} imports {target}: {folder} must do without")
+            if name != target and target == "models.timm_models" and folder != "tests":
+                found.append(f"{path} imports {target}, which needs timm")
             if inside and folder != "run" and top not in LATE and not needs_triton(target, graph):
                 found.append(f"{path} imports {target} inside a function")
     return [*dict.fromkeys(found), *(f"a cycle: {' -> '.join(cycle)}" for cycle in cycles(graph))]
@@ -104,8 +115,11 @@ def test_imports_follow_the_plan():
     ("train/a.py", "if True:\n    import tests.b", ["train/a.py imports tests.b: an arrow that runs back"]),
     ("train/a.py", "class A:\n    def f(self):\n        import eval", [
         "train/a.py imports eval: an arrow that runs back", "train/a.py imports eval inside a function"]),
+    ("kernels/base.py", "from . import op", ["a cycle: kernels.base -> kernels.op -> kernels.base"]),
     ("kernels/a.py", "import numpy", ["kernels/a.py imports numpy: kernels must do without"]),
     ("models/a.py", "from timm.layers import Mlp", ["models/a.py imports timm.layers: models must do without"]),
+    ("models/timm_models.py", "import numpy", ["models/timm_models.py imports numpy: models must do without"]),
+    ("eval/a.py", "import models.timm_models", ["eval/a.py imports models.timm_models, which needs timm"]),
     ("train/loop.py", "from train import data", ["a cycle: train.data -> train.loop -> train.data"]),
     ("train/__init__.py", "import train.data", ["a cycle: train.data -> train -> train.data"]),
     ("eval/a.py", "def f():\n    import json", ["eval/a.py imports json inside a function"]),
@@ -117,7 +131,8 @@ def test_what_breaks_the_plan_is_named(tmp_path, path, text, said):
         "eval/coco.py": "import numpy\nfrom train.data import x",
         "train/data.py": "import train\nfrom . import loop",
         "train/loop.py": "def f():\n    import kernels.tiles\n    import matplotlib.figure",
-        "kernels/op.py": "def f():\n    from triton.testing import do_bench\n    from kernels import tiles",
+        "kernels/op.py": "from . import base\ndef f():\n    from triton.testing import do_bench\n    from . import tiles",
+        "kernels/base.py": "import torch",
         "kernels/tiles.py": "import torch, triton.language as tl",
         "tests/b.py": "import numpy\nimport run",
     }

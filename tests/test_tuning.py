@@ -1,18 +1,22 @@
 """The tuner, with a clock of its own in place of a GPU; and by what the launchers tell problems apart."""
+import contextlib
 import itertools
 import json
+import types
 
 import pytest
 import torch
 
 from backends import BACKENDS, backend
 from kernels import tuning
+from train import distributed
 
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("ELSA_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "_table", None)
+    monkeypatch.setattr(tuning, "_measures", True)
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Pretend GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -78,6 +82,43 @@ def test_takes_the_first_without_a_gpu_and_under_capture(gpu, monkeypatch, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_capture_takes_what_was_measured_before(gpu, monkeypatch):
+    """So that a captured step gives the same bits as an eager one; of a new size what the most similar one takes."""
+    problem = dict(k=3, pixels=64)
+    tuning.launch("forward", problem, CONFIGS, slow, gpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning.launch("forward", problem, CONFIGS, slow, gpu) == 1.0
+    tuning.set_tuned({**tuning.tuned(), "Pretend GPU | forward | k=3 pixels=1024": dict(BLOCK=3)})
+    pixels = lambda n: tuning.launch("forward", dict(k=3, pixels=n), CONFIGS, slow, gpu)
+    assert [pixels(n) for n in (1, 128, 512, 2048)] == [1.0, 1.0, 2.0, 2.0]
+    assert tuning.launch("forward", dict(k=5, pixels=64), CONFIGS, slow, gpu) == 5.0
+
+
+def test_ranks_take_over_the_first_ones_choices_and_measure_nothing_in_a_step(gpu, monkeypatch):
+    """train.distributed.tune_kernels on two ranks; then the second meets a size that the first has not tuned for."""
+    model = torch.nn.Conv2d(3, 1, 1)
+    problem = lambda pixels: dict(k=3, pixels=pixels)
+    sent = []
+    monkeypatch.setattr(model, "forward", lambda x: x.mean() * model.weight.sum() + 0 * tuning.launch(
+        "forward", problem(x.shape[3]), CONFIGS, slow, gpu))
+    monkeypatch.setattr(distributed, "from_rank_0", lambda mine: sent.append(mine) or sent[0])
+    cpu = types.SimpleNamespace(type="cuda")
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.ones(shape))
+    monkeypatch.setattr(distributed, "memory_format", lambda device: torch.contiguous_format)
+    monkeypatch.setattr(distributed, "autocast", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    distributed.tune_kernels(model, 2, 64, False, 0, cpu)
+    measured = dict(tuning.tuned())
+    assert list(measured) == ["Pretend GPU | forward | k=3 pixels=64"]
+    as_a_new_process(monkeypatch)
+    tuning.cache_file().unlink()
+    distributed.tune_kernels(model, 2, 64, False, 1, cpu)
+    assert tuning.tuned() == measured
+    for pixels in (32, 64, 256):
+        assert tuning.launch("forward", problem(pixels), CONFIGS, slow, gpu) == 1.0
+    assert tuning.tuned() == measured
+
+
 def test_known_gpus_are_not_tuned(gpu, monkeypatch, tmp_path, capsys):
     tuning.launch("forward", dict(k=3), CONFIGS, slow, gpu)
     assert capsys.readouterr().err.startswith("tuning Pretend GPU | forward | k=3 ... BLOCK=2 ")
@@ -89,11 +130,6 @@ def test_known_gpus_are_not_tuned(gpu, monkeypatch, tmp_path, capsys):
     as_a_new_process(monkeypatch)
     assert tuning.launch("forward", dict(k=3), CONFIGS, slow, gpu) == 1.0
     assert not capsys.readouterr().err
-
-
-def test_ranks_share_one_table(gpu):
-    tuning.set_tuned({"Pretend GPU | x": dict(BLOCK=1)})
-    assert tuning.tuned() == {"Pretend GPU | x": dict(BLOCK=1)}
 
 
 def test_files_keep_what_other_processes_have_written_and_a_users_own_measurements_win(gpu, monkeypatch):

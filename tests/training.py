@@ -85,6 +85,12 @@ def over_ranks(world, function):
     def all_gather_object(gathered, value):
         gathered[:] = exchange(value)
 
+    def gather_object(value, gathered):
+        assert (gathered is None) == (here.rank > 0)
+        values = exchange(value)
+        if gathered:
+            gathered[:] = values
+
     def broadcast_object_list(values, src):
         values[:] = exchange(list(values))[src]
 
@@ -102,7 +108,7 @@ def over_ranks(world, function):
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(world) as threads:
         for name, fake in {"is_initialized": lambda: True, "get_rank": lambda: here.rank,
                            "get_world_size": lambda: world, "all_reduce": all_reduce,
-                           "all_gather_object": all_gather_object,
+                           "all_gather_object": all_gather_object, "gather_object": gather_object,
                            "broadcast": broadcast, "broadcast_object_list": broadcast_object_list}.items():
             patch.setattr(dist, name, fake)
         return list(threads.map(run, range(world)))
@@ -137,7 +143,7 @@ def assert_resumes_bit_identically(config, folder, after=1):
 
 def repeatable(row):
     """A line of the log without what depends on the machine."""
-    of_machine = ("images_per_s", "memory", "saving_s")
+    of_machine = ("images_per_s", "waiting", "evaluation_s", "saving_s", "memory")
     return {name: str(value) for name, value in row.items() if name not in of_machine}  # NaN is NaN
 
 

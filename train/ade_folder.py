@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset
 
 from train.photographs import exif_notes, left_out, load_matching, read, suffixes, visible_files
@@ -110,6 +111,16 @@ def read_label_map(path):
             depth = file.read(25)[24]  # Pillow stretches grey values of 2 and 4 bits to 0 to 255
         labels = labels // {2: 85, 4: 17}[depth] if depth in (2, 4) else labels
     return labels
+
+
+def label_map_size(path):
+    """(H, W) of a label map, from the head of its file; (1, 1) of one that cannot be read, which is said when it is its
+    turn."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return 1, 1
 
 
 def named_classes(folder):

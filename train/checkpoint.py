@@ -12,7 +12,7 @@ from train.distributed import from_rank_0, tensors_from_rank_0
 from train.run_folder import replace_atomically
 from train.runs import checkpoints
 
-PROGRESS = ("optimizer", "scaler", "step", "losses", "seconds")  # what best.pt does not have
+PROGRESS = ("optimizer", "scaler", "step", "losses", "seconds", "waiting")  # what best.pt does not have
 NEEDED = {"model", "ema", "optimizer", "scaler", "epoch", "config", "classes", "history"}
 
 
@@ -29,7 +29,7 @@ class Checkpoints:
         self.writer, self.writing = ThreadPoolExecutor(1), None
         self.saved_at = time.monotonic()
         self.intact = True  # whether last.pt, if there is one, is worth keeping
-        self.held_up = 0.0
+        self.held_up = self.held_up_epoch = 0.0  # seconds since costs() and costs_of_epoch() were called
 
     def __enter__(self):
         return self
@@ -86,11 +86,17 @@ class Checkpoints:
         self.writing = self.writer.submit(self._write, copy_to_host(checkpoint), best)
         self.saved_at = time.monotonic()
         self.held_up += time.perf_counter() - start
+        self.held_up_epoch += time.perf_counter() - start
 
     def costs(self):
         """{"saving_s": seconds that checkpoints have held up training since the last call}, or {}."""
         held_up, self.held_up = self.held_up, 0.0
         return {"saving_s": round(held_up, 6)} if held_up else {}
+
+    def costs_of_epoch(self):
+        """The same, as a number; of rank 0, which alone saves."""
+        held_up, self.held_up_epoch = self.held_up_epoch, 0.0
+        return round(held_up, 6)
 
     def _write(self, checkpoint, best):
         self.folder.sync_log()  # the log never lacks steps of a checkpoint

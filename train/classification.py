@@ -66,7 +66,7 @@ def loss(model, batch, config, rng):
         plain = getattr(model, "module", model)  # of DistributedDataParallel
         grid = plain.token_grid(*images.shape[2:])
         swap, own = draw_swap(rng, config.mix_token, *grid)
-        inputs.append(swap.to(images.device))
+        inputs.append(swap.to(images.device, non_blocking=True))
     with autocast(images.device, config.amp):
         out = model(*inputs)
     if not isinstance(out, tuple):

@@ -108,6 +108,8 @@ class Config:
     checkpointing: bool = key("machine", False, "recompute blocks in backward: less memory, more time")
     workers: int | None = key("machine", None, "processes per rank that read images; null: its share of the cores")
     prefetch: int = key("machine", 2, "batches that each of these keeps ready")
+    grad_exchange: str = key("machine", "fp32", "precision of the gradients that ranks exchange: fp32 or bf16")
+    profile: int = key("machine", 0, "steps to record with torch.profiler, in trace.json; 0: none")
     save_minutes: float = key("machine", 15.0, "between two checkpoints; one more ends each epoch")
     timeout_minutes: float = key("machine", 10.0, "of several ranks: how long one may stand still until all end")
 
@@ -118,7 +120,7 @@ NAMES = {int: "a whole number", float: "a number", bool: "true or false", tuple:
          dict: "a YAML mapping, as '{embed_dim: 64}'", str: "a text"}
 # A resumed run may differ in these alone: they change neither the weights nor the images.
 FREE = ("data", "weights", "out", "val_limit", "bad_images", "device", "compile", "checkpointing", "workers",
-        "prefetch", "save_minutes", "timeout_minutes")
+        "profile", "prefetch", "save_minutes", "timeout_minutes")
 
 
 def family_of(model):
@@ -307,7 +309,8 @@ def check(config):
                  "val_limit", "max_steps", "prefetch"):
         expect(getattr(config, name) is None or getattr(config, name) > 0, name, "1 or more")
     for name in ("lr", "warmup_lr", "min_lr", "warmup_epochs", "cooldown_epochs", "weight_decay", "clip_grad",
-                 "mixup", "cutmix", "mix_token", "dense_weight", "auxiliary_weight", "randaugment_std", "save_minutes"):
+                 "mixup", "cutmix", "mix_token", "dense_weight", "auxiliary_weight", "randaugment_std", "save_minutes",
+                 "profile"):
         expect(getattr(config, name) >= 0, name, "0 or more")
     for name in ("flip", "crop", "erasing", "label_smoothing"):
         expect(0 <= getattr(config, name) <= 1, name, "0 to 1")
@@ -333,6 +336,7 @@ def check(config):
     expect(config.exif in ("apply", "ignore"), "exif", "apply or ignore")
     expect(config.zero_label in ("ignore", "class"), "zero_label", "ignore or class")
     expect(config.bad_images is None or config.bad_images >= 0, "bad_images", "0 or more")
+    expect(config.grad_exchange in ("fp32", "bf16"), "grad_exchange", "fp32 or bf16")
     expect(config.decay in ("weights", "published"), "decay", "weights or published")
     expect(0 < config.milestones[0] <= config.milestones[1], "milestones", "two rising epochs, as 8,11")
     expect(config.amp in ("auto", "bf16", "fp16", "none"), "amp", "auto, bf16, fp16 or none")

@@ -49,6 +49,11 @@ class Scenes(Dataset):
     def __len__(self):
         return self.length
 
+    @property
+    def shapes(self):
+        """Groups for validation_loader: one."""
+        return np.zeros(self.length, np.int64)
+
     def draw(self, key):
         epoch, index = (0, key) if self.validation else key
         first = scenes.HELD_OUT if self.validation else epoch * self.length
@@ -120,14 +125,28 @@ def training_loader(dataset, config, rank, world):
                       prefetch_factor=config.prefetch if workers else None, worker_init_fn=outlive_signals)
 
 
-def validation_loader(dataset, batch_size, rank, world, workers):
+def validation_loader(dataset, batch_size, rank, world, workers, by_shape=False):
     """Every image once over all ranks: rank r takes images r, r + world, ..., so that ranks may differ by one image.
 
-    batch_size: images of one rank; None: single samples, as the data set gives them.
+    batch_size: images of one rank. by_shape: a batch is a list of samples as the data set gives them, whose number in
+    dataset.shapes is the same; where there may be several, the images are dealt in the order of these numbers.
     """
-    return DataLoader(Subset(dataset, range(rank, len(dataset), world)), batch_size, num_workers=workers,
-                      pin_memory=torch.cuda.is_available() and batch_size is not None, persistent_workers=workers > 0,
+    own, batches = np.arange(rank, len(dataset), world), dict(batch_size=batch_size)
+    if by_shape:
+        groups = np.asarray(dataset.shapes if batch_size > 1 else range(len(dataset)))
+        own = np.argsort(groups, kind="stable")[own]
+        batches = dict(batch_sampler=runs(groups[own], batch_size), collate_fn=list)
+    return DataLoader(Subset(dataset, own.tolist()), **batches, num_workers=workers,
+                      pin_memory=torch.cuda.is_available() and not by_shape, persistent_workers=workers > 0,
                       worker_init_fn=outlive_signals)
+
+
+def runs(groups, size):
+    """[[place, ...], ...]: all places in `groups` in their order, at most `size` at a time, and those of one group."""
+    ends = [*(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(groups)]
+    starts = [0, *ends[:-1]]
+    return [list(range(first, min(first + size, end)))
+            for start, end in zip(starts, ends) for first in range(start, end, size)]
 
 
 def num_workers(config):

@@ -233,13 +233,16 @@ class Photographs(Dataset):
 
     Samples: (image (3, H, W) float32, padded; its size (h, w) before; size of the photograph; index; annotations, as
     COCO has them, but with index and class, from 0, as ids, and segmentation None where there is no mask). annotated:
-    whether there are annotations at all. notes: what is to be said.
+    whether there are annotations at all. shapes: (n,) int64, a number for each padded size. notes: what is to be said.
     """
 
     def __init__(self, folder, size, limit=None):
         self.folder, self.size, self.category_ids = folder, size, folder.category_ids
         self.annotated, self.notes = folder.annotated, folder.notes
         self.length = min(len(folder), limit or len(folder))
+        sides = zip(folder.heights[:self.length].tolist(), folder.widths[:self.length].tolist())
+        fitted = [fit_size(H, W, size, size * MAX_RATIO) for H, W in sides]
+        self.shapes = np.unique(-(-np.array(fitted) // SIZE_DIVISOR), axis=0, return_inverse=True)[1].reshape(-1)
 
     def __len__(self):
         return self.length

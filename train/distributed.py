@@ -156,6 +156,15 @@ def gather(parts):
     return [part for rank in gathered for part in rank]
 
 
+def gather_to_rank_0(parts):
+    """The lists of all ranks, joined, on rank 0; an empty one on the others, which need memory for their own alone."""
+    if not dist.is_initialized():
+        return parts
+    gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(parts, gathered)
+    return [part for rank in gathered or () for part in rank]
+
+
 def broadcast_buffers(model):
     """Gives all ranks rank 0's statistics of batch norm: those that will be saved and evaluated."""
     for buffer in model.buffers() if dist.is_initialized() else ():
@@ -165,7 +174,8 @@ def broadcast_buffers(model):
 def tune_kernels(model, batch_size, img_size, amp, rank, device):
     """Lets the kernels choose their configurations before the first step, on rank 0; the others take over its choices.
 
-    Ranks that tuned apart, in the middle of a step, could wait for each other for ever. The CPU has nothing to tune.
+    Ranks that tuned apart, in the middle of a step, could wait for each other for ever: so nothing is measured from then
+    on, and images of another size take the choice of the most similar one. The CPU has nothing to tune.
     """
     if device.type != "cuda":
         return
@@ -182,4 +192,4 @@ def tune_kernels(model, batch_size, img_size, amp, rank, device):
         model.zero_grad(set_to_none=True)
         for buffer, before in buffers:
             buffer.copy_(before)
-    kernels.set_tuned(from_rank_0(kernels.tuned()))
+    kernels.set_tuned(from_rank_0(kernels.tuned()), measure=False)

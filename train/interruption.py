@@ -1,4 +1,8 @@
-"""Signals that end a run early: what one rank is asked, all do together, when the step is made and saved."""
+"""Signals that end a run early: what one rank is asked, all do together, when the step is made and saved.
+
+What ranks tell each other in a step, its loss, these signals and when to save, stays on the device. On a GPU it is read
+AHEAD steps later, so that the host prepares steps while the device computes.
+"""
 import atexit
 import multiprocessing
 import os
@@ -13,15 +17,20 @@ STATUS = {getattr(signal, name): status for name, status in (("SIGINT", 130), ("
           if hasattr(signal, name)}
 
 
+AHEAD = 8  # steps that the host may be ahead of a GPU: a signal, or a loss that is no number, is noticed so much later
+
+
 class Interruption:
     """A context in which these signals are noted, and answered by SystemExit where check() or watch() comes by.
 
-    A second Ctrl-C is a KeyboardInterrupt at once. A signal may reach one rank alone: the ranks agree in mean().
+    A second Ctrl-C is a KeyboardInterrupt at once. A signal may reach one rank alone: the ranks agree in receive().
     """
 
     def __init__(self, rank, world, device):
         self.rank, self.world, self.device = rank, world, device
+        self.ahead = AHEAD if device.type == "cuda" else 0
         self.asked, self.agreed = [], None  # signals that came to this rank; the one on which all ranks agree
+        self.due = False  # whether all ranks agree that a checkpoint is due
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self._ask) for number in STATUS}
@@ -41,13 +50,34 @@ class Interruption:
             again = "; once more: at once" if number == signal.SIGINT else ""
             os.write(2, f"\n{signal.Signals(number).name}: stops when this step is made and saved{again}\n".encode())
 
-    def mean(self, loss):
-        """The mean over all ranks of a scalar tensor, a float, the same on each, so that all stop together; on the way
-        they tell each other which signals came."""
-        flags = [number in self.asked for number in STATUS]
-        total, *flags = sum_over_ranks(torch.stack([loss, *loss.new_tensor(flags)])).tolist()
+    def send(self, loss, due=False):
+        """Tells all ranks the loss of a step, a scalar tensor, which signals came, and whether a checkpoint is due,
+        without waiting for the device. -> what receive() takes"""
+        flags = [number in self.asked for number in STATUS] + [due]
+        flags = loss.new_tensor(flags) if any(flags) else loss.new_zeros(len(flags))  # zeros need no copy
+        total = sum_over_ranks(torch.cat([loss[None], flags]))
+        if not total.is_cuda:
+            return total, None
+        host = torch.empty(total.shape, dtype=total.dtype, pin_memory=True).copy_(total, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return host, arrived
+
+    def receive(self, sent):
+        """The mean over all ranks of a step's loss, a float, the same on each. All have to receive the same steps
+        between the same two steps, and so stop and save together."""
+        total, arrived = sent
+        if arrived:
+            arrived.synchronize()
+        total, *flags, due = total.tolist()
         self._agree(flags)
+        self.due = self.due or bool(due)
         return total / self.world
+
+    @property
+    def saves(self):
+        """Whether all ranks agree to save here, because it is time or because a signal came."""
+        return self.due or self.agreed is not None
 
     def check(self):
         """Raises SystemExit, with the signal's status, on all ranks or none."""
@@ -59,7 +89,7 @@ class Interruption:
         return _Watched(loader, self)
 
     def _agree(self, flags):
-        self.agreed = next((number for number, flag in zip(STATUS, flags) if flag), None)
+        self.agreed = self.agreed or next((number for number, flag in zip(STATUS, flags) if flag), None)
 
 
 class _Watched:
@@ -72,9 +102,9 @@ class _Watched:
     def __iter__(self):
         ours = self.interruption
         common = -max_over_ranks(-len(self.loader), ours.device)  # ranks may differ by a batch
-        for i, batch in enumerate(self.loader):
+        for i, batch in enumerate(self.loader, 1):
             yield batch
-            if i < common:
+            if i <= common and i % (2 * ours.ahead or 1) == 0:  # it waits for a GPU
                 flags = sum(1 << bit for bit, number in enumerate(STATUS) if number in ours.asked)
                 flags = max_over_ranks(flags, ours.device)
                 ours._agree([flags >> bit & 1 for bit in range(len(STATUS))])

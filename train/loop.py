@@ -4,6 +4,7 @@ train_epoch() is the whole of it; what it uses lives beside it: state.py (model,
 (learning rate), distributed.py (ranks), interruption.py (signals), checkpoint.py and run_folder.py (what is written),
 progress.py (what is shown).
 """
+import collections
 import contextlib
 import itertools
 import math
@@ -16,9 +17,10 @@ from train import data
 from train.bad_images import BadImages, Replacing, allowed
 from train.checkpoint import Checkpoints
 from train.config import task_of
-from train.device import peak_memory, to_device
+from train.device import peak_memory, seed_generators, to_device
 from train.distributed import agree, gather, join_ranks, leave_ranks, tune_kernels
 from train.interruption import Interruption
+from train.profiler import start_profiler
 from train.progress import Progress
 from train.run_folder import RunFolder, notes_of
 from train.schedule import learning_rate, total_steps
@@ -52,6 +54,7 @@ def train(config, task, evaluation, resume=None, notes=()):
         agree(config, training, validation, classes)
         notes = [*notes, *check_fit(config, len(training), len(classes), world, device)]
         folder = RunFolder.open(config, resume, rank, evaluation.METRICS)
+        ends.callback(folder.close)
         checkpoints = ends.enter_context(Checkpoints(folder, config.save_minutes))
         state = TrainingState(config, world, device, fresh=not folder.resumes)
         ends.callback(state.unwrap)
@@ -72,20 +75,26 @@ def train(config, task, evaluation, resume=None, notes=()):
         tune_kernels(state.model, per_rank, config.img_size, config.amp, rank, device)
         state.wrap()
 
+        step_profiler = start_profiler(config.profile if rank == 0 else 0, folder.path, ends)
         progress = Progress(total, state.step, config.batch_size, rank)
         ends.callback(progress.close)
         for epoch in range(state.epoch, math.ceil(total / steps)):
-            for lr in train_epoch(state, task, loader, epoch, rank, interruption):
-                folder.log(step=state.step - 1, epoch=epoch, loss=state.losses[-1], lr=lr, **checkpoints.costs())
-                progress.step(state.losses[-1], lr)
-                if interruption.agreed is not None or checkpoints.due():
+            for steps_read in train_epoch(state, task, loader, epoch, rank, interruption, checkpoints.due):
+                for row in steps_read:
+                    folder.log(**row, **checkpoints.costs())
+                    progress.step(row["loss"], row["lr"])
+                if interruption.saves:
                     checkpoints.save(state.checkpoint(classes))
+                    interruption.due = False
                 interruption.check()
+                step_profiler()
             loader.share()
             state.share_buffers()
             checkpoints.save(state.checkpoint(classes))  # the epoch is safe, whatever its evaluation meets
+            start = time.perf_counter()
             result = evaluation.evaluate(state.evaluated, interruption.watch(val_loader), device, config.amp)
-            best = close_epoch(state, result, evaluation.METRICS)
+            costs = {"evaluation_s": time.perf_counter() - start, "saving_s": checkpoints.costs_of_epoch()}
+            best = close_epoch(state, result, evaluation.METRICS, costs)
             folder.log(**state.history[-1])
             checkpoints.save(state.checkpoint(classes), best)
             folder.plot()
@@ -94,22 +103,28 @@ def train(config, task, evaluation, resume=None, notes=()):
         return state.history
 
 
-def train_epoch(state, task, loader, epoch, rank, interruption):
-    """Makes the steps of an epoch that are not made yet. Yields the learning rate of each, when it is made and `state`
-    may be saved."""
+def train_epoch(state, task, loader, epoch, rank, interruption, due=lambda: False):
+    """Makes the steps of an epoch that are not made yet. After each it yields what was read back meanwhile, rows for
+    the log: of this step, or on a GPU, for whose results no step waits, of one some steps ago.
+
+    due: function that says whether a checkpoint is due. When it is, and when a signal asks to stop, and after the last
+    step, the rows of all steps are yielded, and `state` may be saved.
+    """
     config, model, optimizer, scaler = state.config, state.forward, state.optimizer, state.scaler
     steps = len(loader) // config.accumulate
+    end = min((epoch + 1) * steps, total_steps(steps, config))
     loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, (state.step - epoch * steps) * config.accumulate
     state.model.train()
-    batches, start = iter(loader), time.perf_counter() - state.seconds
+    batches, start = timed(iter(loader), state), time.perf_counter() - state.seconds
+    sent = collections.deque()  # of steps whose loss is on its way
 
-    for step in range(state.step, min((epoch + 1) * steps, total_steps(steps, config))):
+    for step in range(state.step, end):
         lr = learning_rate(step, steps, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # No state of a generator outlives a step, and so none is saved. 1: other seeds than those of images.
-        torch.manual_seed(data.seed_of(config.seed, epoch, step, rank, 1))
+        seed_generators(data.seed_of(config.seed, epoch, step, rank, 1), state.device)
         losses = []  # of the passes
         first = (step - epoch * steps) * config.accumulate  # pass of this step in the epoch
         for i, batch in enumerate(itertools.islice(batches, config.accumulate), first):
@@ -129,14 +144,40 @@ def train_epoch(state, task, loader, epoch, rank, interruption):
         optimizer.zero_grad(set_to_none=True)
         state.update_ema()
 
-        state.losses.append(interruption.mean(sum(losses)))  # the same on all ranks, so that all stop together
+        sent.append((interruption.send(sum(losses), due()), step, lr, losses))
+        state.step = step + 1
+        rows = read_back(sent, 0 if state.step == end else interruption.ahead, state, epoch, interruption, loader)
+        state.seconds = time.perf_counter() - start
+        yield rows
+
+
+def timed(batches, state):
+    """The batches of an iterator; the seconds spent waiting for them are added to state.waiting."""
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        state.waiting += time.perf_counter() - start
+        if batch is None:
+            return
+        yield batch
+
+
+def read_back(sent, keep, state, epoch, interruption, loader):
+    """Waits for the losses of steps in the deque `sent`, of all but the last `keep`, or where ranks agree to save, of
+    all -> their rows for the log."""
+    steps, rows = len(loader) // state.config.accumulate, []
+    while len(sent) > (0 if interruption.saves else keep):
+        message, step, lr, losses = sent.popleft()
+        state.losses.append(interruption.receive(message))
+        first = (step - epoch * steps) * state.config.accumulate
         check_finite(state.losses, step, epoch, lr, lambda: names_of(losses, first, loader))
-        state.step, state.seconds = step + 1, time.perf_counter() - start
-        yield lr
+        rows.append({"step": step, "epoch": epoch, "loss": state.losses[-1], "lr": lr})
+    return rows
 
 
-def close_epoch(state, result, metrics):
-    """Adds a row to the history -> whether this is the epoch for best.pt, so far."""
+def close_epoch(state, result, metrics, costs):
+    """Adds a row to the history -> whether this is the epoch for best.pt, so far. costs: {name: seconds}, for the
+    row."""
     chosen = next(iter(metrics))
     # NaN, of nothing to find, is written, too.
     best = not result[chosen] <= max((row[chosen] for row in state.history), default=-1.0)
@@ -146,9 +187,9 @@ def close_epoch(state, result, metrics):
         row["val_loss"] = result["loss"]
     row |= {metric: result[metric] for metric in metrics}
     row |= {"images_per_s": len(state.losses) * state.config.batch_size / state.seconds,
-            "memory": peak_memory(state.device)}
+            "waiting": state.waiting / state.seconds, **costs, "memory": peak_memory(state.device)}
     state.history.append(row)
-    state.losses, state.seconds = [], 0.0
+    state.losses, state.seconds, state.waiting = [], 0.0, 0.0
     return best or state.config.select == "last"
 
 

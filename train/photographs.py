@@ -13,7 +13,8 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; what published weights expect
+from models import MEAN, STD
+
 MAX_PIXELS = 178_956_970  # 512 MiB of RGB; Pillow's own limit
 TOO_LARGE = f"{{}} has more than {MAX_PIXELS / 1e6:.0f} megapixels and is not decoded; make it smaller"
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")  # Pillow's, converted
@@ -91,6 +92,13 @@ def left_out(files):
     """A note on files among photographs that are none, or none at all: a list."""
     kinds = ", ".join(sorted({Path(file).suffix or Path(file).name for file in files})[:5])
     return [f"left out: {len(files)} files that Pillow does not read ({kinds})"] if files else []
+
+
+def shown(image, name="the image"):
+    """An opened PIL image as load_image gives a file; name: what to call it in errors."""
+    orientation = 1 if image.format == "TIFF" else _orientation(image)  # Pillow turns a TIFF itself
+    image = _rgb(image, name)
+    return image if orientation == 1 else image.transpose(TURNS[orientation])
 
 
 def exif_notes(paths, exif):

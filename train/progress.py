@@ -1,4 +1,5 @@
-"""What a run shows while it trains."""
+"""What a command shows while it works: how fast it is, and how much time is left."""
+import sys
 import time
 
 from tqdm import tqdm
@@ -22,17 +23,19 @@ class Progress:
         now = time.perf_counter()
         if self.bar.disable and not self.quiet and now - self.last_line > 10:
             rate = (self.done - self.first) / (now - self.start)  # steps per second
-            left = round((self.total - self.done) / rate)
-            print(f"step {self.done}/{self.total}  loss {loss:.3f}  lr {lr:.1e}  {rate * self.batch_size:.0f} images/s "
-                  f" {left // 60}:{left % 60:02d} left", flush=True)
+            left = (self.total - self.done) / rate
+            print(f"step {self.done}/{self.total}  loss {loss:.3f}  lr {lr:.1e}  {rate_of(rate * self.batch_size)} "
+                  f"images/s  {clock(left)} left", flush=True)
             self.last_line = now
 
     def epoch(self, row, epochs, metrics):
         if not self.quiet:
             scores = "  ".join(f"{name} {row[metric]:.2f}" for metric, name in metrics.items())
             val_loss = f"val loss {row['val_loss']:.3f}  " if "val_loss" in row else ""
+            memory = f"  {row['memory'] / 1e9:.1f} GB" if row["memory"] else ""
             tqdm.write(f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.3f}  {val_loss}{scores}  "
-                       f"{row['images_per_s']:.0f} images/s")
+                       f"{rate_of(row['images_per_s'])} images/s, {row['waiting']:.0%} waiting for data  "
+                       f"evaluated in {row['evaluation_s']:.1f} s, saved in {row['saving_s']:.1f} s{memory}")
 
     def say(self, lines):
         if not self.quiet:
@@ -41,3 +44,50 @@ class Progress:
 
     def close(self):
         self.bar.close()
+
+
+class Remaining:
+    """Speed and time left of a loop, in words; none in its first two seconds, and none at its end."""
+
+    def __init__(self, total, unit="images"):
+        self.total, self.unit, self.start = total, unit, time.perf_counter()
+
+    def after(self, done):
+        """"  2.5 images/s  1:20 left" when so many are done, or ""."""
+        seconds = time.perf_counter() - self.start
+        if seconds < 2 or not 0 < done < self.total:
+            return ""
+        left = seconds * (self.total - done) / done
+        speed = f"{rate_of(done / seconds)} {self.unit}/s  " if self.unit else ""
+        return f"  {speed}{clock(left)} left"
+
+
+class Watched:
+    """A loader that tells on stderr how far it is: a bar on a terminal, else a line after two seconds and then every
+    ten. The ranks other than 0 tell nothing."""
+
+    def __init__(self, loader, images, rank):
+        self.loader, self.dataset, self.images, self.quiet = loader, loader.dataset, images, rank != 0
+
+    def __iter__(self):
+        total, said = len(self.loader), time.perf_counter() - 8
+        remaining = Remaining(self.images)
+        bar = tqdm(self.loader, unit="batch", leave=False, dynamic_ncols=True, disable=True if self.quiet else None)
+        for number, batch in enumerate(bar, 1):
+            yield batch
+            now = time.perf_counter()
+            if bar.disable and not self.quiet and now - said > 10:
+                done = self.images * number // total
+                print(f"{done}/{self.images} images{remaining.after(done)}", file=sys.stderr, flush=True)
+                said = now
+
+
+def rate_of(value):
+    """A number of things a second as text: below 10 with decimals."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def clock(seconds):
+    """Minutes and seconds, after an hour also hours, as 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

@@ -2,6 +2,8 @@
 
 Augmentation and loss are those of the published configurations (mmsegmentation 0.11's for ADE20K).
 """
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 
 from models.precision import widened
 from train import data, scenes
-from train.ade_folder import IGNORED, AdeFolder, named_classes
+from train.ade_folder import IGNORED, AdeFolder, label_map_size, named_classes
 from train.device import autocast
 from train.photographs import fit_size, resize, to_tensor
 
@@ -197,12 +199,20 @@ def to_rgb(hue, saturation, value):
 class Views(Dataset):
     """What is shown to a segmenter of each photograph.
 
-    Samples: ([(image (3, h, w) float32, whether mirrored), ...], labels (H, W) int64, name).
+    Samples: ([(image (3, h, w) float32, whether mirrored), ...], labels (H, W) int64, name). shapes: (n,) int64, a
+    number for each list of the views' sizes; reads the head of every label map.
     """
 
     def __init__(self, photographs, size, ratios, flip):
         self.photographs, self.size, self.ratios, self.flip = photographs, size, ratios, flip
         self.notes = photographs.notes
+
+    @functools.cached_property
+    def shapes(self):
+        files = getattr(self.photographs, "dataset", self.photographs).files[:len(self)]  # a Subset has the first
+        sizes = [[fit_size(*label_map_size(path), self.size * ratio, 4 * self.size * ratio) for ratio in self.ratios]
+                 for _, path, _ in files]
+        return np.unique(np.array(sizes).reshape(len(sizes), -1), axis=0, return_inverse=True)[1].reshape(-1)
 
     def __len__(self):
         return len(self.photographs)

@@ -1,7 +1,11 @@
 """All that training changes: the model, its moving average, the optimiser, the scaler. What last.pt holds."""
+import copy
+import inspect
+
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models import create_model, load_weights
 from train.config import model_overrides, refuse_other, refuse_other_classes, task_of, to_dict
@@ -16,7 +20,7 @@ class TrainingState:
     model: the plain model. forward: the same, compiled and with gradients averaged over ranks as the Config says; made
     by wrap(). optimizer: AdamW. scaler: of the loss, for fp16. ema: moving average of the weights, or None. epoch: how
     many are finished, trained and evaluated; history: a dict for each of them. step: how many are made, of all epochs
-    together; losses: of those of the epoch that is not finished; seconds: that these took.
+    together; losses: of those of the epoch that is not finished; seconds: that these took, waiting: of them for data.
     """
 
     def __init__(self, config, world, device, fresh=True):
@@ -39,10 +43,9 @@ class TrainingState:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision(device, config.amp) == "fp16")
         self.ema = None
         if config.ema:
-            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-            self.ema.n_averaged.fill_(1)  # not 0: every update averages, as published; the first would copy
+            self.ema = copy.deepcopy(self.model)
         self.epoch, self.history = 0, []
-        self.step, self.losses, self.seconds = 0, [], 0.0
+        self.step, self.losses, self.seconds, self.waiting = 0, [], 0.0, 0.0
 
     def _start_from(self, config):
         try:
@@ -57,10 +60,28 @@ class TrainingState:
 
     def wrap(self):
         """torch.compile and DistributedDataParallel, last of all: they keep what they have seen of the model."""
-        self.forward = torch.compile(self.model) if self.config.compile else self.model
+        self.forward = self.compiled() if self.config.compile else self.model
         if self.world > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.forward, device_ids=device_ids)
+            # A detector's graph follows what it finds.
+            static = task_of(self.config.model) != "detection" and self.config.accumulate == 1
+            # Ranks share what batch norm counted at the end of an epoch. torch renamed the option in 2.14.
+            known = inspect.signature(DistributedDataParallel).parameters
+            buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            self.forward = DistributedDataParallel(self.forward, device_ids=device_ids, gradient_as_bucket_view=True,
+                                                   static_graph=static, **{buffers: False})
+            if self.config.grad_exchange == "bf16":
+                self.forward.register_comm_hook(None, bf16_compress_hook)
+
+    def compiled(self):
+        """The model as one graph, made once: all batches of a run are of one shape, and what is evaluated is not
+        compiled. Of a detector its backbone alone, in place, for images of any size: how much there is to compute after
+        it depends on what it finds. With batch norm over all ranks there may be several graphs."""
+        if task_of(self.config.model) == "detection":
+            self.model.backbone.compile(fullgraph=True, dynamic=True)
+            return self.model
+        over_ranks = any(isinstance(module, torch.nn.SyncBatchNorm) for module in self.model.modules())
+        return torch.compile(self.model, fullgraph=not over_ranks)
 
     def unwrap(self):
         """Drops what holds on to the group of ranks, which must not outlive it: a group whose last reference goes after
@@ -70,25 +91,30 @@ class TrainingState:
     @property
     def evaluated(self):
         """The model whose scores count: the moving average where there is one."""
-        return self.ema.module if self.ema else self.model
+        return self.ema or self.model
 
     def share_buffers(self):
         """Gives all ranks rank 0's statistics of batch norm: what is evaluated is what is saved."""
         broadcast_buffers(self.model)
         if self.ema:
-            broadcast_buffers(self.ema.module)
+            broadcast_buffers(self.ema)
 
     def update_ema(self):
+        """One step of the average. torch's AveragedModel would wait for the device at each parameter."""
         if self.ema:
-            self.ema.update_parameters(self.model)
+            average = get_ema_multi_avg_fn(self.config.ema)
+            average([*self.ema.parameters()], [*self.model.parameters()], None)
+            for ours, theirs in zip(self.ema.buffers(), self.model.buffers()):
+                ours.copy_(theirs)
 
     def checkpoint(self, classes):
         """A dict of plain types and tensors. classes: their names. All that the rest of the run depends on: the random
         numbers of a step follow from its number."""
-        return {"model": self.model.state_dict(), "ema": self.ema.module.state_dict() if self.ema else None,
+        return {"model": self.model.state_dict(), "ema": self.ema.state_dict() if self.ema else None,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch,
                 "config": to_dict(self.config), "classes": classes, "history": self.history,
-                "step": self.step, "losses": self.losses, "seconds": self.seconds}
+                "step": self.step, "losses": self.losses, "seconds": self.seconds,
+                "waiting": self.waiting}
 
     def load(self, checkpoint, classes, steps):
         """classes: names of those in the data; steps: of an epoch -> notes. Raises ValueError when the checkpoint is of
@@ -103,10 +129,11 @@ class TrainingState:
                     moments[name] = value.flatten(1)
         self.scaler.load_state_dict(checkpoint["scaler"])
         if self.ema:
-            self.ema.module.load_state_dict(checkpoint["ema"])
+            self.ema.load_state_dict(checkpoint["ema"])
         self.epoch, self.history = checkpoint["epoch"], checkpoint["history"]
         self.step = checkpoint.get("step", self.epoch * steps)  # older versions saved whole epochs alone
         self.losses, self.seconds = checkpoint.get("losses", []), checkpoint.get("seconds", 0.0)
+        self.waiting = checkpoint.get("waiting", 0.0)
         finished = min(self.epoch * steps, self.config.max_steps or self.epoch * steps)
         if self.step != finished + len(self.losses) or len(self.losses) > steps:
             raise ValueError(f"--resume: the checkpoint is of step {self.step}, after {self.epoch} epochs and "
