@@ -16,10 +16,11 @@ from torch.utils.data import default_collate
 from train import classification, data
 from train.config import resolve
 from train.device import to_device
+from train.draws import Draws
 
-STAGES = ("read and decode", "crop and resize", "flip", "RandAugment", "to bytes", "collate", "to the device")
+WORKER = ("read and decode", "crop and resize", "flip", "RandAugment", "to bytes", "collate", "seeds and the rest")
+STAGES = (*WORKER, "to the device")  # the last is the main process's
 IMAGES, BATCH = 256, 32  # of the data set as many at most; how many a batch holds
-COMPARED = 6  # of the stages: what a worker does, and timm's has a counterpart of
 
 
 def main(args, device, environment):
@@ -96,8 +97,10 @@ def serve(connection, maker, *arguments):
         while True:
             epoch, indices = connection.recv()
             stopwatch.seconds.clear()
+            start = time.thread_time()
             make(epoch, indices)
-            connection.send(dict(stopwatch.seconds))
+            rest = time.thread_time() - start - sum(stopwatch.seconds.values())
+            connection.send({**stopwatch.seconds, "seeds and the rest": rest})
     except Exception as error:
         connection.send(error)
 
@@ -130,7 +133,7 @@ def ours(stopwatch, place, device):
         samples = []
         for index in indices:
             image, label = load(index)
-            image, _ = data.with_generator((training.seed, epoch, index), transform, image)
+            image, _ = transform(image, Draws(data.seed_of(training.seed, epoch, index)))
             samples.append((image, label))
         move(collate(samples))
 
@@ -180,7 +183,7 @@ def report(repeats, images, wanted):
     """
     ms = {name: {stage: 1e3 / images * statistics.median(seconds[stage] for seconds in rows) for stage in STAGES}
           for name, rows in repeats.items()}
-    rates = {name: [images / sum(seconds[stage] for stage in STAGES[:COMPARED]) for seconds in rows]
+    rates = {name: [images / sum(seconds[stage] for stage in WORKER) for seconds in rows]
              for name, rows in repeats.items()}
     print("\n| ms an image of one core | " + " | ".join(ms) + " |\n|---|" + "--:|" * len(ms))
     for stage in STAGES:

@@ -4,19 +4,21 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from torchvision.ops import roi_align
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms import functional as F
 
 from pictures import A, X, recipe, samples
 from train import augment, classification, tokens
 from train.config import Config, resolve
+from train.device import to_device
+from train.draws import Draws
+from train.photographs import MEAN, STD
 
 
 def test_crops_at_bicubic_are_torchvisions():
     transform = augment.TrainingTransform(Config(img_size=64, flip=0.5))
     for seed in range(20):
-        torch.manual_seed(seed)
-        pixels = transform(Image.fromarray(A))[0].numpy()
+        pixels = transform(Image.fromarray(A), Draws(seed))[0].numpy()
         torch.manual_seed(seed)
         box = RandomResizedCrop.get_params(Image.fromarray(A), (0.08, 1.0), (3 / 4, 4 / 3))
         image = rows_first(F.crop(Image.fromarray(A), *box), 64, Image.BICUBIC)
@@ -34,6 +36,34 @@ def assert_rounded_alike(ours, theirs):
     assert difference.max() <= 1 and difference.mean() < 0.02
 
 
+def test_numbers_are_those_of_torchs_generator():
+    for seed in (0, 1, 12345, 2 ** 40 + 7, 2 ** 63 - 1):
+        torch.manual_seed(seed)
+        draws = Draws(seed)
+        for low, high in ((0, 1), (0.08, 1), (-0.3, 0.3)):
+            assert [torch.empty(1).uniform_(low, high).item() for _ in range(5)] == [
+                draws.uniform(low, high) for _ in range(5)]
+        assert torch.randint(15, (5,)).tolist() == [draws.below(15) for _ in range(5)]
+        assert [torch.randn(()).item() for _ in range(5)] == [draws.normal() for _ in range(5)]
+        assert torch.rand(()).item() == draws.uniform()
+
+
+@pytest.mark.parametrize("H, W", [(375, 500), (300, 301), (20, 900), (900, 20), (3, 3), (1, 50)])
+def test_boxes_are_those_of_torchvision(H, W):
+    for seed in range(50):
+        torch.manual_seed(seed)
+        expected = RandomResizedCrop.get_params(torch.empty(3, H, W, device="meta"), (0.08, 1.0), (3 / 4, 4 / 3))
+        assert augment.draw_box(H, W, (0.08, 1.0), Draws(seed)) == tuple(expected)
+
+
+def test_bytes_are_normalised_on_the_device_as_torchvision_does_it():
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 2).reshape(2, 8, 32, 3)
+    images, labels = to_device((pixels, torch.tensor([3, 5])), torch.device("cpu"))
+    steps = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    assert torch.equal(images, steps(pixels.permute(0, 3, 1, 2))) and images.is_contiguous()
+    assert labels.tolist() == [3, 5] and to_device([images], images.device)[0] is images
+
+
 def test_operations_take_the_filter_they_are_given():
     for resample in (Image.BILINEAR, Image.BICUBIC):
         expected = Image.fromarray(A).rotate(27, resample, fillcolor=(124, 116, 104))
@@ -46,9 +76,8 @@ def test_every_operation_is_drawn_for_itself(interpolation, low, high, monkeypat
     monkeypatch.setattr(augment, "OPERATIONS", (augment.OPERATIONS[3],))
     monkeypatch.setattr(augment.Affine, "__call__", lambda self, image, *given: images[-1].append(given) or image)
     for seed in range(600):
-        torch.manual_seed(seed)
         images.append([])
-        augment.RandAugment(9.0, 0.5, interpolation)(Image.fromarray(X))
+        augment.RandAugment(9.0, 0.5, interpolation)(Image.fromarray(X), Draws(seed))
     levels, signed, filters = (np.array(values) for values in zip(*sum(images, [])))
     pairs = [(first[2], second[2]) for first, second in (pair for pair in images if len(pair) == 2)]
     assert 0.45 < len(levels) / 1200 < 0.55 and 0.2 < len(pairs) / 600 < 0.3
@@ -107,14 +136,12 @@ def test_mix_token_comes_after_erasing_which_draws_only_where_it_is_on(erasing):
 def test_with_token_labels_the_whole_photograph_is_mirrored_and_then_augmented():
     transform, image = augment.TrainingTransform(recipe("volo_d1", token_labels="maps", flip=1.0)), Image.fromarray(A)
     for seed in range(8):
-        torch.manual_seed(seed)
-        pixels = transform(image)[0].numpy()
-        torch.manual_seed(seed)
-        torch.rand(())
-        whole, _ = augment.RandAugment(9.0, 0.5, "random")(F.hflip(image))
-        top, left, height, width = RandomResizedCrop.get_params(whole, (0.08, 1.0), (3 / 4, 4 / 3))
+        pixels, draws = transform(image, Draws(seed))[0].numpy(), Draws(seed)
+        draws.uniform()
+        whole, _ = augment.RandAugment(9.0, 0.5, "random")(F.hflip(image), draws)
+        top, left, height, width = augment.draw_box(whole.height, whole.width, (0.08, 1.0), draws)
         crop = whole.crop((left, top, left + width, top + height))
-        assert_rounded_alike(pixels, rows_first(crop, 224, augment.draw_filter("random")))
+        assert_rounded_alike(pixels, rows_first(crop, 224, augment.draw_filter("random", draws)))
 
 
 def test_only_token_labels_crop_last():

@@ -17,6 +17,7 @@ from torchvision.datasets import ImageFolder
 from train import augment, classification, loop, photographs, tokens
 from train.classification import token_cross_entropy
 from train.config import RECIPES, Config, resolve
+from train.draws import Draws
 from training import train
 
 VOLO = dict(
@@ -179,8 +180,7 @@ def test_map_goes_wherever_the_image_goes(options):
         transform = augment.TrainingTransform(Config(**{**PLAIN, "img_size": 64, **options}))
         errors = []
         for seed in range(20):
-            torch.manual_seed(seed)
-            pixels, place = transform(image)
+            pixels, place = transform(image, Draws(seed))
             pixels = pixels.permute(2, 0, 1) / 255
             rows, columns = (np.mgrid[:64, :64] + 0.5) / 64
             at = np.stack([columns, rows, np.ones_like(rows)], -1) @ place.T

@@ -6,21 +6,21 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from torch.nn.functional import interpolate
-from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from train.photographs import MEAN
 
 BICUBIC = InterpolationMode.BICUBIC
+LOG_ASPECT = math.log(4 / 3)  # of a crop, at most, and at least its negative
 WHOLE = 16  # the long side, in short ones, up to which an image is resized whole
 FILL = [round(255 * mean) for mean in MEAN]  # of what a geometric operation uncovers
 
 
 class TrainingTransform:
-    """PIL image -> ((img_size, img_size, 3) uint8, matrix): crop, flip, RandAugment.
+    """(PIL image, draws.Draws) -> ((img_size, img_size, 3) uint8, matrix): crop, flip, RandAugment.
 
     With token labels and crop_last: flip, RandAugment of the whole image, crop, as TokenLabeling does.
 
@@ -38,27 +38,27 @@ class TrainingTransform:
         if config.token_labels and config.crop_last:
             self.steps = [*self.steps[1:], self.random_crop]
 
-    def __call__(self, image):
+    def __call__(self, image, draws):
         matrix = np.eye(3)
         for step in self.steps:
-            image, transform = step(image)
+            image, transform = step(image, draws)
             matrix = matrix @ transform
         return self.finish(image), matrix
 
-    def random_crop(self, image):
+    def random_crop(self, image, draws):
         W, H = image.size
         top, left, height, width = 0, 0, H, W
         if self.scale != (1.0, 1.0):
-            top, left, height, width = v1.RandomResizedCrop.get_params(image, self.scale, (3 / 4, 4 / 3))
+            top, left, height, width = draw_box(H, W, self.scale, draws)
         image = image.crop((left, top, left + width, top + height))
-        image = resample(image, self.size, draw_filter(self.interpolation))
+        image = resample(image, self.size, draw_filter(self.interpolation, draws))
         x, y = (width / W, left / W), (height / H, top / H)
         if self.exchanged:
             x, y = y, x
         return image, np.array([[x[0], 0, x[1]], [0, y[0], y[1]], [0, 0, 1]])
 
-    def random_flip(self, image):
-        if torch.rand(()) < self.flip:
+    def random_flip(self, image, draws):
+        if draws.uniform() < self.flip:
             return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), np.array([[-1, 0, 1], [0, 1, 0], [0, 0, 1]])
         return image, np.eye(3)
 
@@ -91,9 +91,21 @@ def to_bytes(image):
     return torch.from_numpy(np.array(image))
 
 
-def draw_filter(interpolation):
+def draw_box(H, W, scale, draws):
+    """(top, left, height, width) of a random crop, as torchvision's RandomResizedCrop.get_params draws it, number for
+    number; scale: shares of the area."""
+    for _ in range(10):
+        area, aspect = H * W * draws.uniform(*scale), math.exp(draws.uniform(-LOG_ASPECT, LOG_ASPECT))
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= W and 0 < height <= H:
+            return draws.below(H - height + 1), draws.below(W - width + 1), height, width
+    width, height = min(W, round(H * 4 / 3)), min(H, round(W * 4 / 3))  # the centre of what is long
+    return (H - height) // 2, (W - width) // 2, height, width
+
+
+def draw_filter(interpolation, draws):
     """The filter of Pillow for one resize: "bicubic", or with "random" bilinear as often as bicubic."""
-    bilinear = interpolation == "random" and torch.rand(()) < 0.5
+    bilinear = interpolation == "random" and draws.uniform() < 0.5
     return Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
 
 
@@ -126,15 +138,15 @@ class RandAugment:
     def __init__(self, magnitude=9.0, std=0.5, interpolation="bicubic"):
         self.magnitude, self.std, self.interpolation = magnitude, std, interpolation
 
-    def __call__(self, image):
+    def __call__(self, image, draws):
         aspect, matrix = image.width / image.height, np.eye(3)
-        for operation in torch.randint(len(OPERATIONS), (2,)).tolist():
-            applied, negated, noise = float(torch.rand(())), float(torch.rand(())), float(torch.randn(()))
+        for operation in [draws.below(len(OPERATIONS)), draws.below(len(OPERATIONS))]:
+            applied, negated, noise = draws.uniform(), draws.uniform(), draws.normal()
             if applied < 0.5:
                 level = min(max(self.magnitude + self.std * noise, 0.0), 10.0) / 10
                 operation, signed = OPERATIONS[operation], -level if negated < 0.5 else level
                 if isinstance(operation, Affine):
-                    image = operation(image, level, signed, draw_filter(self.interpolation))
+                    image = operation(image, level, signed, draw_filter(self.interpolation, draws))
                     # In shares of the sides: x counts in heights while an operation computes, in widths before and
                     # after.
                     from_shares, to_shares = np.diag([aspect, 1, 1]), np.diag([1 / aspect, 1, 1])
@@ -184,17 +196,17 @@ def _solarize_add(image, level):
 
 # (RGB image, level in 0..1, the level with a random sign) -> image; the larger the level, the stronger the change.
 OPERATIONS = (
-    lambda image, level, signed: F.autocontrast(image),
-    lambda image, level, signed: F.equalize(image),
-    lambda image, level, signed: F.invert(image),
+    lambda image, level, signed: ImageOps.autocontrast(image),
+    lambda image, level, signed: ImageOps.equalize(image),
+    lambda image, level, signed: ImageOps.invert(image),
     Affine(_rotation, centred=True),
     lambda image, level, signed: _posterize(image, 4 - int(4 * level)),
-    lambda image, level, signed: F.solarize(image, 256 - int(256 * level)),
+    lambda image, level, signed: ImageOps.solarize(image, 256 - int(256 * level)),
     lambda image, level, signed: _solarize_add(image, level),
-    lambda image, level, signed: F.adjust_saturation(image, 1 + 0.9 * signed),
-    lambda image, level, signed: F.adjust_contrast(image, 1 + 0.9 * signed),
-    lambda image, level, signed: F.adjust_brightness(image, 1 + 0.9 * signed),
-    lambda image, level, signed: F.adjust_sharpness(image, 1 + 0.9 * signed),
+    lambda image, level, signed: ImageEnhance.Color(image).enhance(1 + 0.9 * signed),
+    lambda image, level, signed: ImageEnhance.Contrast(image).enhance(1 + 0.9 * signed),
+    lambda image, level, signed: ImageEnhance.Brightness(image).enhance(1 + 0.9 * signed),
+    lambda image, level, signed: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * signed),
     Affine(lambda signed: ((1, 0.3 * signed), (0, 1))),  # shear along x
     Affine(lambda signed: ((1, 0), (0.3 * signed, 1))),  # shear along y
     Affine(lambda signed: np.eye(2), shift=lambda signed: (0.45 * signed, 0)),

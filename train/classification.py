@@ -12,6 +12,7 @@ from train import data, scenes
 from train.augment import TrainingTransform, erase, mix, validation_transform
 from train.config import RECORDS
 from train.device import autocast
+from train.draws import Draws
 from train.hub_data import HubImages
 from train.layout import photographs_of, scarce, suffixes, validation_part
 from train.photographs import left_out, load_image, to_tensor
@@ -140,7 +141,7 @@ class AugmentedPhotographs(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         image, label = self.images[index]
-        image, matrix = data.with_generator((self.seed, epoch, index), self.transform, image)
+        image, matrix = self.transform(image, Draws(data.seed_of(self.seed, epoch, index)))
         if self.token_labels is None:
             return image, label
         return image, label, self.token_labels[index], torch.tensor(matrix, dtype=torch.float32)
