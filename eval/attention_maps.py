@@ -260,7 +260,8 @@ def picture(image, tap, place, found, window, title):
         mark(last, place, tap)
         bars[rows - 1] = shown
     for row, shown in bars.items():
-        figure.colorbar(shown, ax=axes[row], shrink=0.9, pad=0.01)
+        label = "softmax" if row == 0 else "filter" if row == rows - 1 else "ghost filter"
+        figure.colorbar(shown, ax=axes[row], shrink=0.9, pad=0.01, label=label)
     for each in axes.flat:
         each.set(xticks=[], yticks=[])
     file = io.BytesIO()

@@ -192,11 +192,13 @@ def adaptive_mean(x, size):
     return means(x.shape[2], size[0]) @ x @ means(x.shape[3], size[1]).T
 
 
-def rolled(x, shifts, dims=()):
-    """x.roll(shifts, dims) by indices: ONNX has no other for shifts that are open."""
+def rolled(x, shifts, dims):
+    """x.roll(shifts, dims) by indices, for shifts by less than a side: ONNX has none whose shifts or sides are open."""
     for shift, dim in zip(shifts, dims):
         n = x.shape[dim]
-        x = x.index_select(dim, (torch.arange(n) - shift) % n)
+        source = torch.arange(n) - shift
+        source = torch.where(source < 0, source + n, source)
+        x = x.index_select(dim, torch.where(source >= n, source - n, source))
     return x
 
 
