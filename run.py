@@ -1,7 +1,7 @@
 """Train, evaluate and time ELSA.
 
     python run.py train swin_t --attn elsa                          rendered scenes, no download, minutes on a laptop
-    python run.py train swin_t --attn elsa --data DIR               DIR/train and DIR/val, ImageNet recipe of the paper
+    python run.py train swin_t --attn elsa --data DIR               your own photographs, or ImageNet as published
     python run.py train volo_d1 --attn elsa                         another architecture
     python run.py train upernet_swin_t --attn elsa                  segmentation; --data DIR takes ADE20K's folders
     python run.py train mask_rcnn_swin_t --attn elsa                detection and masks; --data DIR takes COCO's folders

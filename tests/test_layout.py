@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from eval import imagenet
 from photographs import ade_folder, coco_folder, image_folder
 from train import classification
-from train.layout import count_training, photographs_of, validation_part
+from train.layout import count_training, photographs_of, scarce, validation_part
 from train.runs import refuse_inputs
 from training import tiny
 
@@ -64,6 +64,13 @@ def test_classes_of_few_photographs_are_named(classes):
     notes = classification.datasets(tiny(data=str(classes), limit=None))[0].notes
     assert [note for note in notes if "too few" in note] == [
         "class dog has 2 photographs, too few to learn it well; expected 5 or more"]
+
+
+def test_of_many_classes_of_few_the_first_are_named():
+    lines = scarce({f"c{number}": number % 7 for number in range(40)})  # 0 to 4 are few, 5 and 6 are not
+    assert len(lines) == 21 and lines[1].startswith("class c1 has 1 photograph, ")
+    assert lines[-1] == "and 10 more classes have fewer than 5 photographs"
+    assert scarce({"a": 4, "b": 5}) == ["class a has 4 photographs, too few to learn it well; expected 5 or more"]
 
 
 def test_a_class_of_one_is_trained_on_and_all_of_one_are_refused(classes):

@@ -75,7 +75,8 @@ def test_what_cannot_be_plotted(tmp_path, monkeypatch, capsys, arguments, words)
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "one")
     saved(tmp_path / "dense", model="upernet_swin_t", metric="miou")
-    saved(tmp_path / "begun", epochs=0)
+    log = saved(tmp_path / "begun", epochs=0) / "log.jsonl"
+    log.write_text('{"kind": "step", "step": 0, "epoch": 1, "loss": 1.0, "lr": 0.1}\n')
     (tmp_path / "one" / "curves.png").touch()
     before = sorted(tmp_path.rglob("*"))
     assert main(["plot", *arguments]) == 2 and words in capsys.readouterr().err

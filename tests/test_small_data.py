@@ -34,6 +34,7 @@ def test_options_and_recipes_of_the_user_count(photos):
     assert (config.batch_size, config.epochs, config.lr) == (4, 40, 3e-3)
     assert notes[2] == "given: batch_size 4 (recipe: 32), epochs 40 (recipe: 100), lr 0.003 (recipe: 0.0005)"
     assert resolve(dict(model="swin_t", data=photos, limit="8", batch_size="1"))[0].epochs == MAX_EPOCHS
+    assert len(resolve(dict(model="swin_t", data=photos, flip="0.5"))[1]) == 2  # as the recipe has it
     for recipe in ("swin_t", str(RECIPES / "swin_t.yaml")):
         assert resolve(dict(model="swin_t", data=photos), recipe) == resolve_alone(
             dict(model="swin_t", data=photos), recipe)

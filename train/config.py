@@ -43,7 +43,7 @@ class Config:
     drop_path_rate: float | None = key("model", None, "stochastic depth of the last block")
     model_args: dict = key("model", dict, "other arguments of the architecture: '{embed_dim: 64}'")
     weights: str | None = key("model", None, "start from these, for fine-tuning; null: fresh ones")
-    fresh_head: bool = key("model", False, "of weights, leave out the classifier: other classes")
+    fresh_head: bool = key("model", False, "of weights, leave out the classifier even if it fits: other classes")
 
     data: str | None = key("data", None, "folder of the images, hf:DATASET or wds:SHARDS; null: scenes")
     limit: int | None = key("data", None, "so many training images, of all classes alike")

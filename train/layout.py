@@ -12,6 +12,7 @@ from PIL import Image
 TRAINING, VALIDATION = ("train", "training"), ("val", "validation", "test")
 HELD_OUT = 1 / 5  # of a folder that is not split, the share for validation
 FEW = 5  # photographs of a class, of fewer of which a line tells
+NAMED = 20  # such classes that are named
 NO_PIXELS = ("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5")  # what Pillow knows, but leaves to other programs
 
 
@@ -84,6 +85,9 @@ def count_training(data, task, enough):
 
 
 def scarce(counts):
-    """A line for each class with fewer than FEW training photographs. counts: {name: how many}."""
-    return [f"class {name} has {count} photograph{'s' * (count != 1)}, too few to learn it well; expected {FEW} or more"
-            for name, count in counts.items() if count < FEW]
+    """A line for each class with fewer than FEW training photographs, the first NAMED of them. counts: {name: how
+    many}."""
+    lines = [f"class {name} has {count} photograph{'s' * (count != 1)}, too few to learn it well; expected {FEW} or "
+             "more" for name, count in counts.items() if count < FEW]
+    more = len(lines) - NAMED
+    return lines[:NAMED] + ([f"and {more} more classes have fewer than {FEW} photographs"] if more > 0 else [])
