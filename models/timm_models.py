@@ -147,10 +147,9 @@ class ELSAVOLO(TimmModel, volo.VOLO):
 
 
 def _cfg(first_conv, classifier, crop_pct):
-    # custom_load: timm hands the file to load_pretrained.
     return {"num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": crop_pct,
             "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-            "first_conv": first_conv, "classifier": classifier, "custom_load": True}
+            "first_conv": first_conv, "classifier": classifier}
 
 
 default_cfgs = generate_default_cfgs({
@@ -165,9 +164,13 @@ def _register(name, ours, model_class):
         config = {**MODELS[ours][1], "attn": "elsa"}
         if model_class is ELSAVOLO:
             config["img_size"] = img_size
-        if pretrained and not (options.get("pretrained_cfg_overlay") or {}).get("file"):
-            file = published.fetch(published.NAME, (ours, "elsa", img_size, options.get("window_size")), read)
-            options["pretrained_cfg_overlay"] = {**(options.get("pretrained_cfg_overlay") or {}), "file": str(file)}
+        if pretrained:
+            overlay = dict(options.get("pretrained_cfg_overlay") or {})
+            if not overlay.get("file"):
+                wanted = (ours, "elsa", img_size, options.get("window_size"))
+                overlay["file"] = str(published.fetch(published.NAME, wanted, read))
+            # timm hands the file to load_pretrained; with a file of its own it forgets to.
+            options["pretrained_cfg_overlay"] = {**overlay, "custom_load": True}
         feature_cfg = dict(out_indices=options.pop("out_indices", (0, 1, 2, 3)), feature_cls="getter")
         return build_model_with_cfg(model_class, name, pretrained, feature_cfg=feature_cfg, **{**config, **options})
 

@@ -71,6 +71,7 @@ def test_a_classifier_is_reset_and_nothing_else(make, num_features, heads):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model.double()
     model.reset_classifier(4)
+    assert not hasattr(model, "roi_head") or model.num_classes == model.roi_head.num_classes == 4
     after = model.state_dict()
     assert {key: value.shape for key, value in after.items()} == {key: v.shape for key, v in other.state_dict().items()}
     for key, value in after.items():

@@ -51,13 +51,13 @@ def test_logits_are_ours_in_either_mode(name, ours, small):
 @each_model
 def test_features_of_stages(name, ours, small):
     torch.manual_seed(0)
-    backbone = timm.create_model(name, features_only=True, out_indices=(1, -1), **small).eval()
+    backbone = timm.create_model(name, features_only=True, out_indices=(0, -1), **small).eval()
     plain = create_model(ours, attn="elsa", num_classes=0, **small).eval()
     plain.load_state_dict(backbone.model.state_dict())
     maps = plain.forward_features(IMAGES)
     maps = maps[1] if ours == "volo_d1" else maps
     info = backbone.feature_info
-    for result, expected, channels, stride in zip(backbone(IMAGES), (maps[1], maps[3]), info.channels(),
+    for result, expected, channels, stride in zip(backbone(IMAGES), (maps[0], maps[3]), info.channels(),
                                                   info.reduction()):
         assert torch.equal(result, expected)
         assert result.shape == (2, channels, 32 // stride, 48 // stride)
@@ -98,7 +98,9 @@ def test_layers_have_an_order_for_rates_of_their_own(name, ours, small):
 def test_files_of_weights(name, ours, small, tmp_path, capsys):
     model, _ = pair(name, ours, small)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pth")
-    overlay = {"file": str(tmp_path / "weights.pth")}
+    zeros = {key: 0 * value for key, value in model.state_dict().items()}
+    torch.save({"model": zeros, "ema": model.state_dict()}, tmp_path / "best.pt")  # of a run of ours
+    overlay = {"file": str(tmp_path / "best.pt")}
     other = timm.create_model(name, pretrained=True, num_classes=3, in_chans=4, pretrained_cfg_overlay=overlay, **small)
     assert torch.equal(other.norm.weight, model.norm.weight) and other(IMAGES[:, [0, 1, 2, 0]]).shape[-1] == 3
     resumed = timm.create_model(name, num_classes=5, checkpoint_path=str(tmp_path / "weights.pth"), **small).eval()
