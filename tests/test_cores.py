@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from train import cores, data
+from train.config import Config
 from training import ROOT
 
 
@@ -50,6 +51,14 @@ def test_workers_are_the_cores_split_among_the_ranks_of_the_machine(monkeypatch)
         assert data.num_workers(photographs) == expected
     assert data.num_workers(SimpleNamespace(workers=None, data=None)) == 0
     assert data.num_workers(SimpleNamespace(workers=3, data="photos")) == 3
+
+
+def test_workers_stay_and_read_ahead_as_configured():
+    config = Config(workers=1, prefetch=3, batch_size=2)
+    assert data.training_loader(range(4), config, 0, 1).prefetch_factor == 3
+    loaders = data.training_loader(range(4), config, 0, 1), data.validation_loader(range(4), 2, 0, 1, 1)
+    assert all(loader.persistent_workers for loader in loaders)
+    assert not data.validation_loader(range(4), 2, 0, 1, 0).persistent_workers
 
 
 def test_threads_follow_the_quota_and_what_the_user_sets(monkeypatch):

@@ -17,6 +17,8 @@ SCENES, VALIDATION_SCENES = 2048, 512  # rendered scenes per epoch, and for vali
 
 def seed_of(*numbers):
     """One 63-bit seed from several numbers; neighbouring numbers give unrelated seeds."""
+    if max(numbers) < 2 ** 32:
+        numbers = np.array(numbers, np.uint32)  # the same seed, sooner
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 

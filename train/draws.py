@@ -4,7 +4,8 @@ import math
 import numpy as np
 
 NUMBERS = 64  # raw ones, of 32 bits; an image needs 36 at most
-_source = np.random.RandomState()  # reused: making one takes longer than seeding it
+_twister = np.random.MT19937()  # reused: making one takes longer than seeding it
+_seeder = np.random.RandomState(_twister)  # seeds it as torch does its own
 
 
 class Draws:
@@ -12,8 +13,8 @@ class Draws:
     without a tensor for every number, which takes longer than most of what is done with it."""
 
     def __init__(self, seed):
-        _source.seed(seed & 0xFFFFFFFF)
-        self._raw = iter(_source.randint(0, 2 ** 32, NUMBERS, np.uint32).tolist())
+        _seeder.seed(seed & 0xFFFFFFFF)
+        self._raw = iter(_twister.random_raw(NUMBERS).tolist())
         self._spare = None  # of two normal deviates, the second
 
     def uniform(self, low=0.0, high=1.0):
