@@ -214,8 +214,8 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
     A program sums BLOCK_J neighbouring taps of a row over the split_size strips of one split of a sample. The programs
     of one split follow each other, so that what the first reads of v and of go the others find in the cache.
     The last strip of a row ends with the row, and counts no pixel of the strip before; those it does not count have a
-    product of 0, or of NaN, which that strip has, too. A row that is shorter than a strip is NARROW: behind it there may
-    be NaN that no output reads.
+    product of 0, or of NaN, which that strip has, too. A row that is shorter than a strip is NARROW: behind it there
+    may be NaN that no output reads.
     """
     blocks_per_row: tl.constexpr = (KERNEL_SIZE + BLOCK_J - 1) // BLOCK_J
     split = tl.program_id(0) // (KERNEL_SIZE * blocks_per_row)  # of all samples

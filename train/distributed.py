@@ -165,8 +165,8 @@ def broadcast_buffers(model):
 def tune_kernels(model, batch_size, img_size, amp, rank, device):
     """Lets the kernels choose their configurations before the first step, on rank 0; the others take over its choices.
 
-    Ranks that tuned apart, in the middle of a step, could wait for each other for ever: so nothing is measured from then
-    on, and images of another size take the choice of the most similar one. The CPU has nothing to tune.
+    Ranks that tuned apart, in the middle of a step, could wait for each other for ever: so nothing is measured from
+    then on, and images of another size take the choice of the most similar one. The CPU has nothing to tune.
     """
     if device.type != "cuda":
         return
