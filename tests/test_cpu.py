@@ -49,7 +49,7 @@ def test_gradients_of_filters_whose_taps_do_not_follow_each_other(filters, side)
 def test_each_element_is_checked_closely_enough_to_see_a_dropped_tap():
     """In bfloat16, where a tap of 49 is less than the largest element is rounded; and a column that is another's."""
     case = Case(H=9, W=8, width=8, kernel_size=7, dtype=torch.bfloat16)
-    wanted = limits.aggregation_and_limits(case.tensors, options, case.grad_out)
+    wanted = limits.aggregation_and_limits(case.tensors, case.options, case.grad_out)
     results = case.run(elsa_attention)
     limits.assert_each_element_close(results, *wanted)
     case.tensors["ghost_add"] = case.tensors["ghost_add"].clone()
