@@ -92,7 +92,8 @@ def _dghost(args, go, lse, mul, add, needs):
             *args.sizes, split_size, num_splits, *args.v_strides, *args.logits_strides,
             **args.constants, **flags, BLOCK_J=BLOCK_J, **config)
 
-    tuning.launch("dghost", args.key, candidates(args.constants["BLOCK_D"], 255), launch, go.device)
+    configs = tuning.for_sums_over_pixels(candidates(args.constants["BLOCK_D"], 255))
+    tuning.launch("dghost", args.key, configs, launch, go.device)
     grads = []
     for need, part, ghost in zip(needs, parts, (mul, add)):
         if need:

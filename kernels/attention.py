@@ -37,8 +37,13 @@ def elsa_attention(v, logits, ghost_mul=None, ghost_add=None, *, kernel_size, di
         (B, Ho, Wo, C), contiguous, in v's dtype.
 
     Differentiable once in v, logits, ghost_mul and ghost_add, backward and forward (torch.func's grad, jvp, vmap; vmap
-    calls sample by sample); two runs are bit-identical. CUDA tensors go through the Triton kernels, CPU tensors through
+    calls sample by sample). Two runs with the same tuned configurations are bit-identical; with any, if
+    torch.use_deterministic_algorithms is on. CUDA tensors go through the Triton kernels, CPU tensors through
     a loop over taps, or through the kernels too if ELSA_BACKEND=triton.
+
+    What is not finite stays where it is read. A pixel and head whose logits hold NaN or +inf, or -inf alone, has NaN in
+    its channels of out, with normalize; NaN in v goes to the outputs that read it and to the gradients of their taps.
+    Whether a weight that is not finite counts at a tap outside the image, where v is 0, is not defined.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; the message names it.

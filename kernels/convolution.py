@@ -67,7 +67,7 @@ def _dweight(geometry, du, h):
             du, h, parts, geometry.H, geometry.length, geometry.pitch, geometry.edge, SPLIT_SIZE, num_splits,
             **geometry.constants, **config)
 
-    configs = candidates((128, 128, 2), (128, 256, 2), (64, 128, 3))
+    configs = tuning.for_sums_over_pixels(candidates((128, 128, 2), (128, 256, 2), (64, 128, 3)))
     tuning.launch("dweight", geometry.key, configs, launch, du.device)
     return geometry.weight(parts.sum(0))
 

@@ -26,8 +26,9 @@ def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
         (B, H, W, Q) in q's dtype.
 
     Differentiable once in q, k, weight and bias, backward and forward. CUDA tensors of float16, bfloat16 and float32
-    with groups of up to 128 channels go through Triton kernels, two runs of which are bit-identical and which round
-    q * k and weight to q's dtype; others go through torch, CPU tensors too unless ELSA_BACKEND=triton.
+    with groups of up to 128 channels go through Triton kernels, others through torch, CPU tensors too
+    unless ELSA_BACKEND=triton. The kernels round q * k and weight to q's dtype; two runs of theirs are bit-identical as
+    those of elsa_attention; and NaN in q or k may reach the other groups of its block of 16 channels.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; the message names it.

@@ -67,6 +67,11 @@ def _most_similar(name, kernel, problem, configs):
     return configs[0]
 
 
+def for_sums_over_pixels(configs):
+    """The first alone under torch.use_deterministic_algorithms: the order of such a sum depends on the tile."""
+    return configs[:1] if torch.are_deterministic_algorithms_enabled() else configs
+
+
 def registers(limit):
     """A limit of registers a thread, as an option of a launch.
 

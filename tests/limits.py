@@ -36,6 +36,25 @@ def aggregation_limits(tensors, options, grad_out, exact, roundings):
     return {name: roundings(name) * magnitudes[name] for name in exact}
 
 
+def aggregation_and_limits(tensors, options, grad_out):
+    """What aggregation gives, and the limits of sums in float32, or in float64 of float64."""
+    tensors = {name: None if x is None else x.detach() for name, x in tensors.items()}
+    exact = aggregation(tensors, options, grad_out)
+    wide = torch.promote_types(tensors["v"].dtype, torch.float32)
+    bounds = aggregation_limits(tensors, options, grad_out, exact, lambda name: 300 * torch.finfo(wide).eps)
+    return exact, bounds
+
+
+def assert_each_element_close(results, exact, bounds):
+    """Off by its limit at most, and by one rounding of its own. NaN is not close."""
+    for name, got in results.items():
+        own = torch.finfo(got.dtype)
+        limit = bounds[name] + own.eps * exact[name].abs() + own.smallest_normal
+        error = (got.double() - exact[name]).abs()
+        wrong = ~(error <= limit)
+        assert not wrong.any(), f"{name}: {int(wrong.sum())} of {wrong.numel()} elements, by up to {error.max():.3g}"
+
+
 def _strict(v, logits, ghost_mul=None, ghost_add=None, *, kernel_size, dilation, stride, lam, gamma, normalize):
     B, H, W, C = v.shape
     Ho, Wo, r = H // stride, W // stride, kernel_size // 2

@@ -201,6 +201,7 @@ def test_samples_past_32_bit_offsets_are_refused():
         elsa_attention(torch.empty(2 ** 32, device="meta").as_strided((1, 2, 2, 2), (8, 2 ** 31 - 2, 1, 1)),
                        None, None, add, kernel_size=3)
     with pytest.raises(ValueError, match=r"v: got \(33000, 33000, 2\) a sample"):  # what it gives is not expanded
-        elsa_attention(torch.empty(1, 1, 1, 2, device="meta").expand(1, 33000, 33000, 2), None, None, add, kernel_size=3)
+        expanded = torch.empty(1, 1, 1, 2, device="meta").expand(1, 33000, 33000, 2)
+        elsa_attention(expanded, None, None, add, kernel_size=3)
     out = elsa_attention(torch.empty(5, 30000, 30000, 2, device="meta"), None, None, add, kernel_size=3)
     assert out.shape == (5, 30000, 30000, 2)

@@ -78,8 +78,8 @@ print(create_model("swin_t", attn="elsa", depths=(1, 1, 1, 1), num_classes=3)(to
 
 
 def test_classifiers_need_no_torchvision():
-    process = subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_TORCHVISION], capture_output=True,
-                             text=True, cwd=Path(__file__).parent.parent)
+    process = subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_TORCHVISION],
+                             cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert process.stdout == "torch.Size([1, 3])\n", process.stderr
 
 

@@ -72,7 +72,7 @@ def test_every_command_is_understood(place, monkeypatch, capsys, page, words):
                          (compiler, "main")):
         monkeypatch.setattr(module, name, begins)
     monkeypatch.chdir(place)
-    if words[1] in list_models() and words[0] != "train":  # a file of weights alone, of any model
+    if words[1:2] and words[1] in list_models() and words[0] != "train":  # a file of weights alone, of any model
         words = ["published.pth" if word == "FILE" else word for word in words]
     if words[0] in SECONDS:
         assert run.run(words) in (None, 0) and capsys.readouterr().out

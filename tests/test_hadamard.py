@@ -180,9 +180,9 @@ of = lambda dtype, *names: {name: torch.zeros(SHAPES[name], dtype=dtype) for nam
     (dict(dilation=1.0), TypeError, "dilation: got 1.0, expected an integer"),
     (dict(dilation=True), TypeError, "dilation: got True"),
     (dict(scale=float("inf")), ValueError, "scale: got inf, expected a finite number"),
-    (dict(scale=torch.tensor(2.0)), TypeError, r"scale: got tensor\(2.\), expected a number"),  # it would get no gradient
-    (of(torch.int64, "q", "k"), TypeError, r"q: got dtype torch.int64, expected .*convert it with .to\(torch.float32\)"),
-    (of(torch.bfloat16, "q"), TypeError, "k: got dtype torch.float32, expected torch.bfloat16 beside q of torch.bfloat16"),
+    (dict(scale=torch.tensor(2.0)), TypeError, r"scale: got tensor\(2.\)"),  # which would get no gradient
+    (of(torch.int64, "q", "k"), TypeError, r"q: got dtype torch.int64, expected .*with .to\(torch.float32\)"),
+    (of(torch.bfloat16, "q"), TypeError, "k: got dtype torch.float32, expected torch.bfloat16 beside q of torch.bfl"),
     (of(torch.float64, "weight"), TypeError, "weight: got dtype torch.float64, expected torch.float32 beside q"),
     (of(torch.bfloat16, "bias"), TypeError, "bias: got dtype torch.bfloat16"),
     (dict(weight=torch.zeros(12, 4, 3, 3, device="meta")), ValueError,
@@ -220,7 +220,8 @@ def test_empty_maps(name, shape):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype, parameters, autocast", [
-    (torch.bfloat16, torch.float32, False), (torch.float16, torch.float16, False), (torch.float64, torch.float32, False),
+    (torch.bfloat16, torch.float32, False), (torch.float16, torch.float16, False),
+    (torch.float64, torch.float32, False),
     (torch.float32, torch.float32, True), (torch.bfloat16, torch.float32, True), (torch.float64, torch.float64, True)],
     ids=str)
 def test_both_paths_take_the_same_dtypes_and_round_sums_once(name, dtype, parameters, autocast):
@@ -235,9 +236,9 @@ def test_both_paths_take_the_same_dtypes_and_round_sums_once(name, dtype, parame
         assert z.dtype == result
         results = z, *torch.autograd.grad(z, leaves, grad.to(device, result))
     wanted = expected(projection.to(result), [weight, bias], grad.to(result), 1.0, 1)
-    eps = torch.finfo(result).eps
-    for want, got, leaf in zip(wanted, results, (z, *leaves)):
+    for last, want, got, leaf in zip((result, result, parameters, parameters), wanted, results, (z, *leaves)):
         assert got.dtype == leaf.dtype
-        # The kernels round q * k, weight and u, too; torch, in float32, the result alone.
-        factor = 1 if name == "cpu" and result != torch.float64 else 4
-        assert (got.cpu().double() - want).abs().max() <= factor * eps * want.abs().max() + 2e-5, leaf.shape
+        limit = torch.finfo(last).eps * want.abs() + 2e-5 * (1 + want.abs().max())
+        if name == "triton":  # the kernels round q * k, weight and u, too
+            limit += 4 * torch.finfo(result).eps * want.abs().max()
+        assert ((got.cpu().double() - want).abs() <= limit).all(), leaf.shape

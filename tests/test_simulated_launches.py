@@ -97,7 +97,7 @@ def test_the_tuner_measures_each_configuration_once():
         with tuner(folder) as clock:
             first = call_both()
             table, measured = tuning.tuned(), clock.measured
-            assert measured > len(table) >= 6
+            assert measured > len(table) >= 5
             second = call_both()
             assert clock.measured == measured and all(torch.equal(a, b) for a, b in zip(first, second))
         with tuner(folder) as clock:  # another process reads the file

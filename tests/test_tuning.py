@@ -206,6 +206,23 @@ def test_aggregations_that_differ_in_one_thing_have_keys_of_their_own(change, ke
     assert all(one[kernel] != other[kernel] for kernel in other)
 
 
+def test_a_deterministic_run_does_not_depend_on_what_was_tuned(monkeypatch):
+    """The kernels that sum over pixels have one configuration then."""
+    if "triton" not in BACKENDS:
+        pytest.skip("Triton is not installed")
+    monkeypatch.setattr(tuning, "launch", lambda kernel, problem, configs, *_: recorded.update({kernel: len(configs)}))
+    counts = []
+    for deterministic in (True, False):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda on=deterministic: on)
+        recorded = {}
+        aggregation_keys({}, **AGGREGATION)
+        hadamard_keys({}, **HADAMARD)
+        counts.append(recorded)
+    alone, several = counts
+    assert alone.keys() == several.keys() and min(several.values()) > 1
+    assert {kernel for kernel in alone if alone[kernel] == 1} == {"dghost", "dweight"}
+
+
 @pytest.mark.parametrize("change", [dict(dtype=torch.bfloat16), dict(kernel_size=5), dict(dilation=2),
                                     dict(width=8, groups=2), dict(groups=8), dict(side=8)], ids=str)
 def test_convolutions_that_differ_in_one_thing_have_keys_of_their_own(change, keys):
