@@ -46,10 +46,10 @@ def main(argv):
 
 def time_all(args, device, dtype, benchmarks):
     """Measures, prints and writes what main() was asked for -> the report, a dict."""
+    bench_report.check_out(args.out)
     print(f"bench {', '.join(dict.fromkeys(level for level, *_ in benchmarks))} of "
           f"{', '.join(dict.fromkeys(name for _, name, _ in benchmarks))} on {device}, made-up numbers in "
           f"{str(dtype).removeprefix('torch.')}, to {args.out}, .md and .png", flush=True)
-    bench_report.check_out(args.out)
     report = {
         **environment(device),
         "dtype": str(dtype).removeprefix("torch."),

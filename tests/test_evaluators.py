@@ -158,7 +158,7 @@ def test_eval_hands_on_what_was_asked_for(configuration, evaluation, model, monk
     evaluate.run(config, None, None, dump=there)
     (_, loader, device, amp, dump), = seen
     assert (device, amp, dump) == (CPU, "bf16", there) and len(loader.dataset) == 2
-    assert loader.batch_size == (7 if evaluation is imagenet else None)
+    assert loader.loader.batch_size == (7 if evaluation is imagenet else None)
 
 
 # What a checkpoint says
@@ -220,7 +220,7 @@ def test_published_weights_are_evaluated_on_photographs_alone(tmp_path, monkeypa
     assert main(["eval", "swin_t", "--weights", "weights.pt"]) == 2
     error = capsys.readouterr().err
     assert "name the photographs with --data" in error and error.count("\n") == 1
-    assert main(["eval", "--weights", "."]) == 2 and "--weights: . is a folder" in capsys.readouterr().err
+    assert main(["eval", "--weights", "."]) == 2 and "--weights .: no best.pt in this folder" in capsys.readouterr().err
     assert main(["eval", "weights.pt"]) == 2 and "weights are named with --weights" in capsys.readouterr().err
 
 
