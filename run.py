@@ -53,8 +53,8 @@ Models                                                   --attn
                 cascade_mask_rcnn_swin_t, _s, _b         as swin
 
 Commands: train, eval, predict, export (pt2, ONNX, safetensors), info, compare (kinds of attention),
-bench (this machine). `python run.py help` shows examples, `python run.py COMMAND --help` the
-options, `python run.py train MODEL --help` those of a model with their values."""
+plot (several runs), bench (this machine). `python run.py help` shows examples, `python run.py
+COMMAND --help` the options, `python run.py train MODEL --help` those of a model with their values."""
 
 
 def train(argv):

@@ -22,6 +22,7 @@ from models.volo import VOLO
 from train import detection, segmentation
 from train.augment import validation_transform
 from train.config import task_of
+from train.device import to_device
 from train.photographs import MEAN, STD
 
 CHANNELS = 3  # of a head, that are shown
@@ -111,7 +112,8 @@ def as_seen(photograph, config, at):
     where it does not."""
     task = task_of(config.model)
     if task == "classification":
-        image = validation_transform(config.img_size, config.crop_pct)(photograph)
+        photographs = validation_transform(config.img_size, config.crop_pct)(photograph)[None]
+        image = to_device([photographs], torch.device("cpu"))[0][0]
         scale = config.img_size / config.crop_pct / min(photograph.size)
         left, top = ((side * scale - config.img_size) / 2 for side in photograph.size)
     else:
@@ -194,7 +196,6 @@ def window_weights(layer, inputs, head, row, column):
     logits = (keys @ q[row, column] * D ** -0.5 + bias.reshape(w, w)).detach().cpu() - 100.0 * apart
     softmax = logits.flatten().softmax(0).reshape(w, w)
     return {"rows": places[0].numpy(), "columns": places[1].numpy(), "softmax": softmax.numpy()}
-
 
 
 def swin_window(model, block, sizes, place):

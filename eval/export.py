@@ -168,7 +168,8 @@ def exported(model, images, least=None):
     with symbolic_shapes.patch(backed_size_oblivious=True):  # one image or one window is no case of its own
         program = torch.export.export(model, (images,), dynamic_shapes=shapes,
                                       prefer_deferred_runtime_asserts_over_guards=True)
-        program = program.run_decompositions({torch.ops.elsa.attention.default: decomposed.attention, **open_sizes})
+        plain = {torch.ops.elsa.local_attention.default: decomposed.attention}
+        program = program.run_decompositions({**plain, **open_sizes})
     # Such as "more than one image": of how strides were chosen, which changes no result.
     for node in reversed(program.graph.nodes):
         if node.target == torch.ops.aten._assert_scalar.default:

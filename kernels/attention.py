@@ -1,4 +1,4 @@
-"""elsa_attention: what callers may pass, and the torch operators behind it, elsa::attention and its backward."""
+"""elsa_attention: what callers may pass, and the torch operators behind it, elsa::local_attention and its backward."""
 import torch
 
 from . import backend, checks
@@ -104,7 +104,7 @@ def _check_logits(logits, v, kernel_size, Ho, Wo, stride):
                          f"divides v's {C} channels")
 
 
-@torch.library.custom_op("elsa::attention", mutates_args=())
+@torch.library.custom_op("elsa::local_attention", mutates_args=())
 def _attention(v: torch.Tensor, logits: torch.Tensor | None, mul: torch.Tensor | None, add: torch.Tensor | None,
                kernel_size: int, dilation: int, stride: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, what the backward pass needs of the softmax); lam and gamma are already in mul and add."""
@@ -124,7 +124,7 @@ def _fake_attention(v, logits, mul, add, kernel_size, dilation, stride, normaliz
     return v.new_empty(B, Ho, Wo, C), v.new_empty(lse, dtype=accumulator)
 
 
-@torch.library.custom_op("elsa::attention_backward", mutates_args=())
+@torch.library.custom_op("elsa::local_attention_backward", mutates_args=())
 def _attention_backward(grad_out: torch.Tensor, v: torch.Tensor, logits: torch.Tensor | None, mul: torch.Tensor | None,
                         add: torch.Tensor | None, lse: torch.Tensor, kernel_size: int, dilation: int, stride: int,
                         normalize: bool, needs: list[bool]) -> list[torch.Tensor]:

@@ -33,4 +33,4 @@ def attention(v, logits, mul, add, kernel_size, dilation, stride, normalize):
             f = f if add is None else add[..., t, :, :] if f is None else f + add[..., t, :, :]
             out = v_t * f if out is None else torch.addcmul(out, v_t, f)
     out = out.flatten(1, 2).permute(0, 2, 3, 1).contiguous()
-    return out, v.new_zeros(B, heads, Ho, Wo) if logits is not None and normalize else v.new_zeros(0)
+    return out, v.new_zeros(B, heads, 2, Ho, Wo) if logits is not None and normalize else v.new_zeros(0)

@@ -12,7 +12,7 @@ BATCH = 2  # images, because batch norm refuses a single pixel of a single image
 CONTAINERS = ("ModuleList", "Backbone")  # which a short table opens up
 
 
-@register_flop_formula(torch.ops.elsa.attention)
+@register_flop_formula(torch.ops.elsa.local_attention)
 def _attention_flops(v, logits, mul, add, kernel_size, dilation, stride, normalize, *, out_shape=None, **_):
     """A product and a sum a pixel, channel and tap, as for a convolution.
 

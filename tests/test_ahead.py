@@ -178,7 +178,7 @@ def test_a_trace_of_steps_names_the_operators(tmp_path, capsys):
         names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
     assert f"{tmp_path}/run/trace.json" in capsys.readouterr().out
     assert sum(name == "ProfilerStep#2" for name in names) >= 1 and "ProfilerStep#1" not in names
-    assert "elsa::attention" in names
+    assert "elsa::local_attention" in names
 
 
 @pytest.fixture

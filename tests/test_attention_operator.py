@@ -57,7 +57,7 @@ def test_opcheck(name, mul, normalize):
     with backend(name) as device:
         case = Case(H=3, heads=1 if name == "triton" else 2, mul=mul, dtype=torch.float32, device=device)
         tensors = [None if x is None else x.requires_grad_() for x in case.tensors.values()]
-        opcheck(torch.ops.elsa.attention.default, (*tensors, 3, 1, 1, normalize), atol=1e-4, rtol=1e-4)
+        opcheck(torch.ops.elsa.local_attention.default, (*tensors, 3, 1, 1, normalize), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

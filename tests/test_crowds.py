@@ -38,7 +38,8 @@ def test_photographs_of_crowds_alone_are_trained_on(folder, name):
     assert [json.loads(training.folder.image_ids[i]) for i in training.indices] == [1, 2]
     assert training.groups.tolist() == [1, 0]
     assert training.notes == ["left out: photographs: 1 without objects, 1 with a side below 32 pixels, as 4.png of "
-                              "20 x 64", "left out: objects: 2 crowds"]
+                              "20 x 64", "left out: objects: 2 crowds",
+                              "class thing has 3 photographs, too few to learn it well; expected 5 or more"]
     model = tiny(name).train()
     for indices in ((0, 1), (1, 1)):  # beside an object, and alone
         batch = detection.collate([training[epoch, index] for epoch, index in enumerate(indices)])

@@ -12,6 +12,7 @@ from models import MEAN, create_model
 from run import main
 from train.augment import validation_transform
 from train.config import Config, model_overrides, read_recipe, recipe_path, to_dict
+from train.device import to_device
 from train.photographs import load_image, to_tensor
 from training import detector, segmenter, tiny
 
@@ -80,7 +81,8 @@ def test_what_meta_says_is_how_photographs_are_prepared(photographs, tmp_path):
     by_hand = (torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255 - torch.tensor(meta.mean)[:, None, None]) \
         / torch.tensor(meta.std)[:, None, None]
     assert torch.allclose(by_hand, to_tensor(np.asarray(image)), atol=1e-6)
-    assert torch.allclose(by_hand, validation_transform(meta.img_size, meta.crop_pct)(image), atol=1e-6)
+    seen, = to_device([validation_transform(meta.img_size, meta.crop_pct)(image)[None]], torch.device("cpu"))
+    assert torch.allclose(by_hand, seen[0], atol=1e-6)
 
 
 def test_settings_of_a_recipe_are_those_of_the_model(tmp_path):

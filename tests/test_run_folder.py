@@ -142,7 +142,7 @@ def test_curves_are_drawn_without_reading_the_log_again(tmp_path, monkeypatch):
             folder.plot()
         folder.close()
         assert rows(folder.path) == logged
-        assert [*folder.steps] == [*range(7)] and [row["epoch"] for row in folder.epochs] == [1, 2]
+        assert [*folder.points.steps] == [*range(7)] and [row["epoch"] for row in folder.points.epochs] == [1, 2]
         return (folder.path / "curves.png").read_bytes()
 
     assert drawn("whole", False) == drawn("resumed", True)
