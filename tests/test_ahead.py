@@ -66,7 +66,7 @@ def test_no_step_waits_for_the_device(config, monkeypatch):
     monkeypatch.setattr(torch, "Generator", lambda device: SimpleNamespace(manual_seed=lambda seed: None))
     adam = importlib.import_module("torch.optim.adam")
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
-    state, interruption = TrainingState(config, 1, meta), Interruption(0, 1, meta)
+    state, interruption = TrainingState(config, 1, meta), Interruption(0, 2, meta)  # two ranks, of which one is here
     monkeypatch.setattr(interruption, "receive", lambda sent: float(sent[0].shape == (5,)))
     batches = type("Loader", (list,), {"batch_sampler": SimpleNamespace()})(batches)
     with Copies() as copies, Made():

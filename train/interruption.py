@@ -53,23 +53,23 @@ class Interruption:
     def send(self, loss, due=False):
         """Tells all ranks the loss of a step, a scalar tensor, which signals came, and whether a checkpoint is due,
         without waiting for the device. -> what receive() takes"""
-        flags = [number in self.asked for number in STATUS] + [due]
-        flags = loss.new_tensor(flags) if any(flags) else loss.new_zeros(len(flags))  # zeros need no copy
-        total = sum_over_ranks(torch.cat([loss[None], flags]))
-        if not total.is_cuda:
-            return total, None
-        host = torch.empty(total.shape, dtype=total.dtype, pin_memory=True).copy_(total, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return host, arrived
+        flags, total, arrived = [number in self.asked for number in STATUS] + [due], loss[None], None
+        if self.world > 1:
+            flags = loss.new_tensor(flags) if any(flags) else loss.new_zeros(len(flags))  # zeros need no copy
+            total, flags = sum_over_ranks(torch.cat([total, flags])), []
+        if total.is_cuda:
+            total = torch.empty(total.shape, dtype=total.dtype, pin_memory=True).copy_(total, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return total, arrived, flags
 
     def receive(self, sent):
         """The mean over all ranks of a step's loss, a float, the same on each. All have to receive the same steps
         between the same two steps, and so stop and save together."""
-        total, arrived = sent
+        total, arrived, flags = sent
         if arrived:
             arrived.synchronize()
-        total, *flags, due = total.tolist()
+        total, *flags, due = [*total.tolist(), *flags]
         self._agree(flags)
         self.due = self.due or bool(due)
         return total / self.world
