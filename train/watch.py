@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20000}
 PERIOD = 1.0  # seconds between two looks at the main thread
 ANSWER = 15  # seconds in which a rank has to answer
-LATE = 5  # seconds that a job which ends at its start waits for ranks that have not come yet
+LATE = 20  # seconds that a job which ends at its start waits for ranks that have not come yet
 TOGETHER = 0.5  # seconds in which ranks that all stumble over the same have said so
 # Files whose innermost frame means that a rank waits for others; backward exchanges gradients.
 WAITING = ("torch/distributed/", "torch/nn/parallel/distributed.py", "torch/autograd/graph.py", "train/distributed.py",
@@ -95,6 +95,9 @@ class Watch:
         global current
         current = None
         if error is None or isinstance(error, SystemExit | KeyboardInterrupt):
+            last = time.monotonic() + LATE
+            while self.rank == 0 and len(self.hosts) < self.world and time.monotonic() < last:
+                time.sleep(0.05)
             with self.lock:
                 self.left = True
                 for rank in self.peers:
