@@ -40,7 +40,7 @@ Try first, without any data: rendered scenes, minutes on a laptop
     python run.py train swin_t --attn elsa
     python run.py eval --weights runs/swin_t-elsa-scenes
     python run.py info swin_t --attn elsa
-Then your own photographs: DIR/train and DIR/val with a folder for each class
+Then your own photographs: DIR with a folder for each class
     python run.py train swin_t --attn elsa --data DIR
     python run.py predict --weights runs/swin_t-elsa-DIR IMAGE...
     python run.py predict --weights runs/swin_t-elsa-DIR --show attention --at 120,80 IMAGE
