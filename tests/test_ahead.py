@@ -161,14 +161,15 @@ def test_the_log_says_what_a_run_spent_its_time_on(tmp_path, monkeypatch):
             clock[0] += seconds
             return function(*arguments, **options)
         return slow
-    config = tiny(out=str(tmp_path / "run"), epochs=1)
+    config = tiny(out=str(tmp_path / "run"), epochs=2)
     task = task_of(config.model)
     monkeypatch.setattr(Replacing, "collate", takes(1, Replacing.collate))
     training = SimpleNamespace(datasets=task.training.datasets, loss=takes(3, task.training.loss))
     evaluation = SimpleNamespace(**{**vars(task.evaluation), "evaluate": takes(7, task.evaluation.evaluate)})
-    (epoch,) = loop.train(config, training, evaluation)
-    assert epoch["images_per_s"] == 24 / 12 and epoch["waiting"] == 3 / 12 and epoch["evaluation_s"] == 7
-    assert epoch["saving_s"] >= 0
+    history = loop.train(config, training, evaluation)
+    for epoch in history:
+        assert epoch["images_per_s"] == 24 / 12 and epoch["waiting"] == 3 / 12 and epoch["evaluation_s"] == 7
+    assert len(history) == 2 and history[0]["saving_s"] >= 0
 
 
 def test_a_trace_of_steps_names_the_operators(tmp_path, capsys):
@@ -179,6 +180,14 @@ def test_a_trace_of_steps_names_the_operators(tmp_path, capsys):
     assert f"{tmp_path}/run/trace.json" in capsys.readouterr().out
     assert sum(name == "ProfilerStep#2" for name in names) >= 1 and "ProfilerStep#1" not in names
     assert "elsa::local_attention" in names
+
+
+def test_the_moving_average_has_the_statistics_of_the_model():
+    state = TrainingState(Config(**VOLO, ema=0.75, num_classes=8), 1, torch.device("cpu"))
+    for buffer in state.model.buffers():
+        buffer.fill_(5)
+    state.update_ema()
+    assert len([*state.ema.buffers()]) > 3 and all((buffer == 5).all() for buffer in state.ema.buffers())
 
 
 @pytest.fixture
