@@ -54,7 +54,6 @@ def train(config, task, evaluation, resume=None, notes=()):
         agree(config, training, validation, classes)
         notes = [*notes, *check_fit(config, len(training), len(classes), world, device)]
         folder = RunFolder.open(config, resume, rank, evaluation.METRICS)
-        ends.callback(folder.close)
         checkpoints = ends.enter_context(Checkpoints(folder, config.save_minutes))
         state = TrainingState(config, world, device, fresh=not folder.resumes)
         ends.callback(state.unwrap)

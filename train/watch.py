@@ -50,6 +50,7 @@ class Watch:
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank, self.parent = int(os.environ.get("LOCAL_RANK", 0)), os.getppid()
         self.lock = threading.RLock()
+        self.ending = False
         self.left, self.gone = False, set()  # whether this rank has left in peace, and which others
         self.trace = None
         self.hosts, self.processes = {self.rank: socket.gethostname()}, {}
@@ -254,6 +255,9 @@ class Watch:
 
     def _end_with(self, rank, text, speaks):
         with self.lock:
+            if self.ending:  # what a rank that comes late has to say changes nothing
+                return
+            self.ending = True
             speaker = threading.Thread(target=self._say, args=(rank, text, speaks), daemon=True)
             speaker.start()
             if self.rank == 0:
