@@ -1,14 +1,12 @@
 """train/bad_images.py: training goes on past what cannot be read, alike at every run, and counts it."""
 import dataclasses
 import json
-import os
-import signal
 
 import pytest
 import torch
 
 from photographs import ade_folder, coco_folder, image_folder
-from test_interruption import assert_same_run, train_until
+from test_interruption import assert_stopped_run_resumes
 from train import classification, data
 from train.bad_images import BadImages, Replacing, allowed
 from training import detector, over_ranks, segmenter, tiny, train
@@ -168,12 +166,7 @@ def test_a_damaged_run_length_code_is_found_before_the_first_step(tmp_path):
 def test_a_run_that_met_them_resumes_bit_identical(tmp_path, damaged, capsys):
     config, names = damaged(tmp_path / "data")
     config = dataclasses.replace(config, data=str(tmp_path / "data"), limit=None, epochs=1, workers=0)
-    whole, cut = (dataclasses.replace(config, out=str(tmp_path / name)) for name in ("whole", "cut"))
-    train(whole)
-    with pytest.raises(SystemExit):
-        train_until(dataclasses.replace(cut), 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    train(cut, resume=True)
-    assert_same_run(whole.out, cut.out)
+    assert_stopped_run_resumes(config, tmp_path)
     met = [(tmp_path / name / "bad_images.txt").read_text().splitlines() for name in ("whole", "cut")]
     assert met[0] == met[1] and len(met[0]) == len(names)
     assert all(any(name in line for line in met[0]) for name in names)

@@ -71,6 +71,16 @@ def train_until(config, at, act, **options):
     return loop.train(config, training, task.evaluation, **options)
 
 
+def assert_stopped_run_resumes(config, folder):
+    """A run that SIGTERM stops in its second step and that is resumed, in folder/cut, is the one in folder/whole."""
+    whole, cut = (replace(config, out=str(folder / name)) for name in ("whole", "cut"))
+    train(whole)
+    with pytest.raises(SystemExit):
+        train_until(replace(cut), 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train(cut, resume=True)
+    assert_same_run(whole.out, cut.out)
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_stopped_by_a_signal_and_then_without_power_a_run_ends_as_if_nothing_had_been(name, tmp_path, capfd):
     """Three steps an epoch, two epochs."""

@@ -1,8 +1,6 @@
 """train/hub_data.py and train/shards.py: photographs in records, as if they lay in folders."""
 import dataclasses
 import io
-import os
-import signal
 import sys
 import tarfile
 
@@ -10,12 +8,12 @@ import pytest
 import torch
 
 from photographs import image_folder
-from test_interruption import assert_same_run, train_until
+from test_interruption import assert_stopped_run_resumes
 from train import classification, data
 from train.config import resolve
 from train.runs import name_of_data
 from train.shards import expand, paths_of
-from training import tiny, train
+from training import tiny
 
 
 @pytest.fixture
@@ -117,12 +115,7 @@ def test_their_order_depends_on_no_workers_and_ranks(photos, kind):
 def test_a_damaged_record_is_replaced_and_named_and_the_run_resumes(photos, kind, name, tmp_path):
     (photos / "train" / "dog" / "4.jpg").write_bytes(b"junk")
     config = config_of(kind(photos), epochs=1)
-    whole, cut = (dataclasses.replace(config, out=str(tmp_path / folder)) for folder in ("whole", "cut"))
-    train(whole)
-    with pytest.raises(SystemExit):
-        train_until(dataclasses.replace(cut), 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    train(cut, resume=True)
-    assert_same_run(whole.out, cut.out)
+    assert_stopped_run_resumes(config, tmp_path)
     line, = (tmp_path / "cut" / "bad_images.txt").read_text().splitlines()
     assert name in line and "cannot be read as an image" in line
 
