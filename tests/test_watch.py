@@ -197,7 +197,7 @@ def part(monkeypatch, **state):
     job, ended = watch.Watch.__new__(watch.Watch), []
     vars(job).update({"rank": 0, "world": 3, "timeout": 10.0, "hosts": {}, "processes": {}, "peers": {1: None, 2: None},
                       "answers": {}, "failures": [], "decide_at": None, "asked_at": None, "trace": None, "still": 7,
-                      "gone": set(), "lock": threading.RLock(), "token": "right", "parent": os.getppid(),
+                      "gone": set(), "ending": False, "lock": threading.RLock(), "token": "right", "parent": os.getppid(),
                       "look_at": float("inf"), **state})
     monkeypatch.setattr(job, "_end", lambda rank, message: ended.append((rank, message)), raising=False)
     return job, ended
@@ -253,6 +253,16 @@ def test_the_trace_is_that_of_the_rank_that_is_named(monkeypatch, capsys):
     for rank, printed in ((1, ""), (2, "Traceback\n"), (None, "Traceback\n")):
         job._say(rank, "an error", False)
         assert capsys.readouterr().err == printed
+
+
+def test_what_a_late_rank_says_does_not_end_the_job_again(monkeypatch):
+    job, _ = part(monkeypatch, peers={})
+    said = []
+    monkeypatch.setattr(watch.os, "_exit", lambda status: None)
+    monkeypatch.setattr(job, "_say", lambda rank, text, speaks: said.append(text), raising=False)
+    monkeypatch.setattr(job, "_tell_late", lambda rank, text: job._end_with(1, "again", True), raising=False)
+    job._end_with(2, "first", True)
+    assert said == ["first"]
 
 
 @pytest.mark.parametrize("sent, accepted", [
