@@ -197,8 +197,8 @@ def part(monkeypatch, **state):
     job, ended = watch.Watch.__new__(watch.Watch), []
     vars(job).update({"rank": 0, "world": 3, "timeout": 10.0, "hosts": {}, "processes": {}, "peers": {1: None, 2: None},
                       "answers": {}, "failures": [], "decide_at": None, "asked_at": None, "trace": None, "still": 7,
-                      "gone": set(), "ending": False, "lock": threading.RLock(), "token": "right", "parent": os.getppid(),
-                      "look_at": float("inf"), **state})
+                      "gone": set(), "ending": False, "lock": threading.RLock(), "token": "right",
+                      "parent": os.getppid(), "look_at": float("inf"), **state})
     monkeypatch.setattr(job, "_end", lambda rank, message: ended.append((rank, message)), raising=False)
     return job, ended
 
