@@ -70,6 +70,33 @@ def test_operations_take_the_filter_they_are_given():
         assert np.array_equal(augment.OPERATIONS[3](Image.fromarray(A), 0.9, 0.9, resample), expected)
 
 
+@pytest.mark.parametrize("resampling", [Image.BILINEAR, Image.BICUBIC])
+@pytest.mark.parametrize("size", [(64, 64), (97, 31), (1, 1), (1, 40), (40, 2), (3, 3)])
+def test_lines_slide_as_in_pillows_transform(resampling, size):
+    """Shears, and shifts by whole pixels and by parts of them, out of the image, too."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    pixels[:size[1] // 2, :size[0] // 2] = 255
+    image = Image.fromarray(pixels)
+    different = 0
+    for slope, offset in [(0, 0), (0.2871, 0), (-0.2693, 0), (0, 7), (0, -3.5), (0.1043, -2.2519), (0, 200), (0, -200)]:
+        for axis, matrix in ((1, [1, slope, offset, 0, 1, 0]), (0, [1, 0, 0, slope, 1, offset])):
+            ours = np.asarray(augment.slide(image, slope, offset, axis, resampling), int)
+            theirs = image.transform(size, Image.Transform.AFFINE, matrix, resampling, fillcolor=tuple(augment.FILL))
+            difference = np.abs(ours - np.asarray(theirs, int))
+            assert difference.max() <= 1
+            different += np.count_nonzero(difference)
+    assert different <= 16 * pixels.size * 1e-3
+
+
+def test_operations_that_move_lines_along_themselves_slide(monkeypatch):
+    axes = []
+    monkeypatch.setattr(augment, "slide", lambda image, slope, offset, axis, resampling: axes.append(axis))
+    for operation in augment.OPERATIONS:
+        if isinstance(operation, augment.Affine):
+            operation(Image.fromarray(A), 0.5, 0.5)
+    assert axes == [1, 0, 1, 0]
+
+
 @pytest.mark.parametrize("interpolation, low, high", [("bicubic", 0, 0), ("random", 0.4, 0.6)])
 def test_every_operation_is_drawn_for_itself(interpolation, low, high, monkeypatch):
     images = []  # of each, what its operations were given: (level, signed level, filter)
