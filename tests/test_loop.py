@@ -15,7 +15,7 @@ import torch
 from eval import imagenet
 from eval.tasks import task_of
 from photographs import ade_folder, coco_folder, image_folder
-from train import classification, loop
+from train import classification, loop, photographs
 from train.classification import mixed_cross_entropy
 from train.config import resolve
 from train.state import TrainingState
@@ -203,7 +203,7 @@ def test_images_are_named_by_their_keys(tmp_path, monkeypatch):
 
         def __getitem__(self, key):
             image, label = super().__getitem__(key)
-            return image * (math.nan if key == (1, 5) else 1), label
+            return photographs.to_tensor(image.numpy()) * (math.nan if key == (1, 5) else 1), label
     monkeypatch.setattr(classification, "Scenes", Named)
     with pytest.raises(FloatingPointError, match=r"epoch 2.* is nan.*It is of (scene \d+, ){3}scene \d+\.") as error:
         train(tiny(out=str(tmp_path / "run"), accumulate=2))

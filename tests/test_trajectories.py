@@ -58,7 +58,7 @@ def drawn(name):
     if name.startswith("upernet"):
         labels = torch.tensor(r.randint(0, 150, (3, 4, 16, 16)).repeat(8, -1).repeat(8, -2))
         labels[..., 40:56, 72:104] = 255
-        return lambda step: (images[step % 3], labels[step % 3])
+        return lambda step: (images[step % 3], labels[step % 3], [(128, 128)] * len(labels[0]))
     boxes, labels = torch.tensor(arrays["gt_boxes"]), torch.tensor(arrays["gt_labels"])
     masks = np.unpackbits(arrays["gt_masks_packed"], axis=-1).reshape(2, 2, 3, 128, 128)
     masks = torch.tensor(masks.astype(bool))

@@ -15,7 +15,7 @@ from train.device import autocast
 from train.draws import Draws
 from train.hub_data import HubImages
 from train.layout import photographs_of, scarce, suffixes, validation_part
-from train.photographs import left_out, load_image, to_tensor
+from train.photographs import left_out, load_image
 from train.shards import Shards
 from train.tokens import TokenLabels, dense_targets, draw_swap
 
@@ -109,13 +109,13 @@ def token_cross_entropy(logits, token_logits, labels, targets, own, label_smooth
 
 
 class Scenes(data.Scenes):
-    """Rendered scenes of one object: (image (3, size, size) float32, label)."""
+    """Rendered scenes of one object: (image (size, size, 3) uint8, label)."""
     classes = list(scenes.CLASSES)
     max_objects = 1
 
     def __getitem__(self, key):
         scene = self.draw(key)
-        return to_tensor(scene.image), scene.label
+        return torch.from_numpy(scene.image), scene.label
 
 
 class AugmentedPhotographs(Dataset):
