@@ -20,7 +20,8 @@ NOISE = ("backbone.norm0.bias", "backbone.norm1.bias")
 KEYS_BIAS = r"layers\.3\.blocks\.\d\.attn\.pre_proj\.bias"  # nor has its last third, of the keys, before a softmax
 COMMON = dict(attn="elsa", decay="published", amp="none", device="cpu", drop_path_rate=0.0)
 CONFIGS = {
-    "elsa_swin_tiny": dict(model="swin_t", num_classes=1000, weight_decay=0.05, clip_grad=5.0, label_smoothing=0.1),
+    "elsa_swin_tiny": dict(model="swin_t", num_classes=1000, weight_decay=0.05, clip_grad=5.0, label_smoothing=0.1,
+                           mixup=1.0),
     "volo_d1": dict(model="volo_d1", attn="outlook", num_classes=1000, img_size=112, weight_decay=0.05, mix_token=1.0,
                     dense_weight=0.5),
     "upernet_elsa_tiny_160k": dict(model="upernet_swin_t", num_classes=150, weight_decay=0.01,

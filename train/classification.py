@@ -2,6 +2,7 @@
 import os
 from collections import Counter
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Subset
@@ -53,13 +54,16 @@ def source(config, training, transform=None):
     return image_folder(config.data, training, transform)
 
 
-def loss(model, batch, config, rng):
+def loss(model, batch, config, seed):
     """Loss of one pass, a scalar.
 
-    batch: (images, labels), with token labels (images, labels, label maps, matrices). rng: numpy Generator.
+    batch: (images, labels), with token labels (images, labels, label maps, matrices). seed: for numpy's default_rng.
     """
     images, labels, *label_maps = batch
-    images, own = mix(images, config.mixup, config.cutmix, rng)
+    own = 1.0
+    if config.mixup or config.cutmix or config.erasing or config.mix_token:
+        rng = np.random.default_rng(seed)
+        images, own = mix(images, config.mixup, config.cutmix, rng)
     if config.erasing:  # after mixing, as published: noise is of full strength, and not shared with the partner
         images = erase(images, config.erasing, rng)
     inputs = [images]

@@ -49,10 +49,10 @@ def validation_set(config):
     return Photographs(folder, config.img_size, config.val_limit), folder.classes
 
 
-def loss(model, batch, config, rng):
+def loss(model, batch, config, seed):
     """Sum of the detector's losses: a scalar.
 
-    batch: (images, sizes, targets), see collate. rng: not used.
+    batch: (images, sizes, targets), see collate. seed: not used.
     """
     images, sizes, targets = batch
     clear_padding(images, sizes)

@@ -40,10 +40,10 @@ def validation_set(config, classes, ratios=(1.0,), flip=False):
     return Views(_photographs(config, "validation", classes, config.val_limit), config.img_size, ratios, flip)
 
 
-def loss(model, batch, config, rng):
+def loss(model, batch, config, seed):
     """Cross-entropy of the logits plus auxiliary_weight times that of the auxiliary ones: a scalar.
 
-    batch: (images, labels, sizes), see collate. rng: not used.
+    batch: (images, labels, sizes), see collate. seed: not used.
     """
     images, labels, sizes = batch
     clear_padding(images, sizes)
