@@ -120,12 +120,15 @@ def test_a_capture_takes_what_was_measured_before(gpu, monkeypatch):
     launch(pixels=64)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert launch(pixels=64) == 1.0
-    tuning.set_tuned({**tuning.tuned(), key(pixels=1024): dict(BLOCK=3), key(dv, pixels=256): dict(BLOCK=1)})
-    assert [launch(pixels=n) for n in (1, 128, 512, 2048)] == [1.0, 1.0, 2.0, 2.0]
-    assert [launch(batch=n, pixels=256) for n in (1, 4)] == [1.0, 1.0]  # as near to both: the smaller one
-    tuning.set_tuned({key(batch=1, pixels=64): dict(BLOCK=2), key(batch=16, pixels=1024): dict(BLOCK=3)})
+    tuning.set_tuned({key(pixels=1024): dict(BLOCK=3), **tuning.tuned(), key(dv, pixels=256): dict(BLOCK=1)})
+    assert [launch(pixels=n) for n in (1, 128, 256, 512, 2048)] == [1.0, 1.0, 1.0, 2.0, 2.0]  # 256: the smaller one
+    tuning.set_tuned({key(batch=16, pixels=1024): dict(BLOCK=3), key(pixels=512): dict(BLOCK="of an older version")})
+    assert launch(pixels=256) == 2.0
+    tuning.set_tuned({**tuning.tuned(), key(batch=1, pixels=64): dict(BLOCK=2)})
     assert [launch(batch=n, pixels=256) for n in (1, 4, 8)] == [1.0, 1.0, 2.0]
     assert launch(k=5, pixels=64) == 5.0
+    monkeypatch.setattr(tuning, "_most_similar", lambda *_: pytest.fail("looked for again"))
+    assert launch(batch=8, pixels=256) == 2.0
 
 
 def test_what_could_not_be_measured_is_measured_later(gpu, monkeypatch):
