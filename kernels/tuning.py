@@ -5,10 +5,10 @@ again. The rest goes to tuned.json under $ELSA_CACHE_DIR (default ~/.cache/elsa)
 "GPU model | versions | kernel and hash of its source | problem | its size" -> configuration. A choice for other
 versions of torch or Triton, or for a kernel that has changed since, is not found, so nothing stale is used.
 
-triton.autotune(cache_results=True), in 3.6 to 3.9, keeps its timings under such a key, too. But it measures whenever it
-meets a new key: in a step, where the other ranks wait, and in the capture of a CUDA graph, which that ends. It has no
-word for a choice that was measured elsewhere, so that ranks could share one, or a release bring it along; nor takes it
-the most similar problem's. And it cannot be asked without a driver, even if there is one configuration.
+triton.autotune(cache_results=True), as it is in 3.6 to 3.8, keeps its timings under the same versions and source. But
+its keys are a kernel's arguments as they are, so that every size of image would be a new one; it measures whenever it
+meets a new one, in a step, where the other ranks wait, as in the capture of a CUDA graph, which that breaks; it takes
+no choice from another rank or a release, nor the most similar problem's; and it needs a driver even to interpret.
 """
 import functools
 import hashlib
@@ -87,6 +87,7 @@ def _source_hash(kernel):
         texts[function.__name__] = inspect.getsource(function.fn)
         for name in function.fn.__code__.co_names:
             value = function.fn.__globals__.get(name)
+            value = getattr(value, "value", value)  # of a tl.constexpr
             if hasattr(value, "fn") and name not in texts:
                 waiting.append(value)
             elif isinstance(value, (int, float, str)):
