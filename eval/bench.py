@@ -1,6 +1,6 @@
 """How fast this machine computes ELSA beside what else could stand there: `python run.py bench`.
 
-What is timed: providers.py. What is printed and written: bench_report.py.
+What is timed: providers.py. What is printed and written: bench_report.py. Without a GPU: bench_compiled.py.
 """
 import argparse
 import contextlib
@@ -34,8 +34,8 @@ def main(argv):
         if not backend.HAS_TRITON:
             raise ValueError("--compile-only: triton, which compiles the kernels, is not installed; there are packages "
                              "for Linux: `pip install triton`")
-        from kernels import compile  # not above: it needs Triton
-        return compile.main(args.arch, args.dtype or "bfloat16")
+        from eval import bench_compiled  # not above: it needs Triton
+        return bench_compiled.main(args.arch, args.dtype or "bfloat16")
     if args.tune:
         return tune(device, dtype)
     if args.level == ["input"]:
@@ -150,7 +150,8 @@ def tune(device, dtype):
         for name, shape in cases(level, list(providers.SHAPES)):
             builders, grad_out = LEVELS[level](shape, default_batch_size(name, device), dtype, device, backward=True)
             builders["ours"]()(grad_out)
-    print(f"written: {tuning.ship(device)}")
+    path, outdated = tuning.ship(device)
+    print(f"written: {path}; taken out: {outdated} choices for kernels that have changed since")
 
 
 # Measuring

@@ -28,7 +28,7 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
             *args.sizes, kernel_size, *args.v_strides, *args.logits_strides, args.mul_stride, args.add_stride,
             **args.constants, **args.flags, **config)
 
-    tuning.launch("forward", args.key, candidates(args.constants["BLOCK_D"], None, 255), launch, v.device)
+    tuning.launch(forward_kernel, args.key, candidates(args.constants["BLOCK_D"], None, 255), launch, v.device)
     return out, lse
 
 
@@ -55,7 +55,7 @@ def _dv(args, go, lse):
             *args.sizes, args.kernel_size, *args.logits_strides, args.mul_stride, args.add_stride,
             **args.constants, **args.flags, **config)
 
-    tuning.launch("dv", args.key, candidates(args.constants["BLOCK_D"], None), launch, go.device)
+    tuning.launch(dv_kernel, args.key, candidates(args.constants["BLOCK_D"], None), launch, go.device)
     return dv
 
 
@@ -71,7 +71,7 @@ def _dlogits(args, go, lse, logits):
             *args.sizes, args.kernel_size, *args.v_strides, *args.logits_strides, *strides, args.mul_stride,
             **args.constants, **flags, **config)
 
-    tuning.launch("dlogits", args.key, candidates(args.constants["BLOCK_D"], 255), launch, go.device)
+    tuning.launch(dlogits_kernel, args.key, candidates(args.constants["BLOCK_D"], 255), launch, go.device)
     return result if dlogits is result else result.copy_(dlogits)
 
 
@@ -93,7 +93,7 @@ def _dghost(args, go, lse, mul, add, needs):
             **args.constants, **flags, BLOCK_J=BLOCK_J, **config)
 
     configs = tuning.for_sums_over_pixels(candidates(args.constants["BLOCK_D"], 255))
-    tuning.launch("dghost", args.key, configs, launch, go.device)
+    tuning.launch(dghost_kernel, dict(args.key, dmul=needs[0], dadd=needs[1]), configs, launch, go.device)
     grads = []
     for need, part, ghost in zip(needs, parts, (mul, add)):
         if need:
@@ -149,8 +149,8 @@ class _LaunchArguments:
             ACC=tl.float64 if double else tl.float32)
         self.key = dict(
             dtype=str(v.dtype)[6:], k=kernel_size, dilation=dilation, stride=stride, heads=self.G, width=head_dim,
-            pixels=triton.next_power_of_2(max(1, self.Ho * self.Wo)),
-            mul=mul is not None, add=add is not None, attn=logits is not None,
+            batch=triton.next_power_of_2(self.B), pixels=triton.next_power_of_2(max(1, self.Ho * self.Wo)),
+            mul=mul is not None, add=add is not None, attn=logits is not None, normalize=self.flags["NORMALIZE"],
             channels_first=self.logits_strides[2] == 1)
 
     def grid(self, H, W, config):

@@ -159,7 +159,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
 
 def test_what_needs_triton_says_so(monkeypatch, capsys):
     monkeypatch.setattr(backend, "HAS_TRITON", False)
-    for name in [name for name in sys.modules if name.split(".")[0] == "triton" or name == "kernels.compile"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton" or name == "eval.bench_compiled"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)  # an import of it fails
     assert main(["bench", "--compile-only"]) == 2

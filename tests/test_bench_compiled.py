@@ -14,10 +14,10 @@ pytest.importorskip("triton")
 
 SCRIPT = """
 import json, sys, torch
-from kernels import compile
+from eval.bench_compiled import SHAPES, launches, resources
 target, dtype, shape = sys.argv[1:]
-for kernel, arguments, constants in compile.launches(compile.SHAPES[shape], getattr(torch, dtype), target):
-    print(json.dumps([kernel.__name__, compile.resources(kernel, arguments, constants, target)]), flush=True)
+for kernel, arguments, constants in launches(SHAPES[shape], getattr(torch, dtype), target):
+    print(json.dumps([kernel.__name__, resources(kernel, arguments, constants, target)]), flush=True)
 """
 AGGREGATION = ("forward_kernel", "dv_kernel", "dlogits_kernel", "dghost_kernel")
 PRODUCTS = ("hadamard_kernel", "dqk_kernel", "dweight_kernel")  # what runs on tensor cores
