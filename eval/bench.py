@@ -125,12 +125,14 @@ def parse(argv):
     if gpu:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32: naive is what others are checked against
-    if "input" in (args.level or ()):
+    of_input = "input" in (args.level or ())
+    if args.json and (args.compile_only or args.tune or of_input):
+        raise ValueError("--json is for the times of kernels, layers and models; --compile-only, --tune and "
+                         "--level input print none")
+    if of_input:
         if len(args.level) > 1:
             raise ValueError(f"--level: got {' '.join(args.level)}; input is measured by itself")
         return args, device, None, []
-    if args.json and (args.compile_only or args.tune):
-        raise ValueError("--json is for timings; --compile-only and --tune make none")
     levels = args.level or (list(LEVELS) if gpu else ["operator", "layer"])
     shapes = args.shapes or (list(providers.SHAPES) if gpu else ["swin_t", "volo_d1"])
     benchmarks = [(level, *case) for level in levels for case in cases(level, shapes)]
