@@ -83,7 +83,7 @@ def _convolution(h, weight, bias, dilation):
 @torch.library.custom_op("elsa::hadamard", mutates_args=())
 def _hadamard(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scale: float,
               dilation: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(GELU(u), u)"""
+    """(GELU(u), GELU'(u))"""
     if q.numel() == 0:
         return _fake_hadamard(q, k, weight, bias, scale, dilation)
     with backend.on_device_of(q):
