@@ -10,7 +10,8 @@ MIN_BLOCK_C = 8  # channels: what one side of a matrix unit's product has at lea
 MAX_COLUMNS = 128  # of a tile, neighbours times channels: it has to fit into shared memory
 MAX_OUTPUTS = 64  # columns of a product, pixels of a patch times channels, unless a block is wider
 MAX_PATCH_H = 4  # rows of a patch: with more, too much of a product is zeros
-MAX_BLOCK_P = 256  # patches of a product
+MAX_BLOCK_P = 128  # patches of a product
+THREADS = 256
 SPLIT_SIZE = 1024  # patches that a program of dweight_kernel sums at least, to be worth a tile of sums
 MAX_PROGRAMS = 512  # of dweight_kernel, which keep any GPU busy
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
@@ -29,8 +30,7 @@ def forward(q, k, weight, bias, scale, dilation):
         hadamard_kernel[geometry.grid(config)](
             h, matrices, bias, z, slope, *geometry.sizes, scale, **geometry.patches, **config)
 
-    configs = candidates((128, 128, 3), (64, 128, 3), (256, 256, 2))
-    tuning.launch("hadamard", geometry.key, configs, launch, q.device)
+    tuning.launch("hadamard", geometry.key, candidates(geometry), launch, q.device)
     return z, slope
 
 
@@ -56,8 +56,7 @@ def _dqk(geometry, du, q, k, weight, scale):
             du, matrices, q, k, dq, dk, *geometry.sizes, *q.stride()[:3], *k.stride()[:3], scale,
             **geometry.patches, **config)
 
-    configs = candidates((128, 128, 3), (64, 128, 3), (256, 256, 2))
-    tuning.launch("dqk", geometry.key, configs, launch, q.device)
+    tuning.launch("dqk", geometry.key, candidates(geometry), launch, q.device)
     return dq, dk
 
 
@@ -74,7 +73,7 @@ def _dweight(geometry, du, h, weight, scale):
             du, h, parts, *geometry.image, geometry.num_blocks, split_size, num_patches,
             DILATION=geometry.dilation, **tap_rows, **geometry.window, **config)
 
-    configs = tuning.for_sums_over_pixels(candidates((64, 128, 3), (128, 128, 2), (128, 256, 2)))
+    configs = tuning.for_sums_over_pixels(candidates(geometry))
     tuning.launch("dweight", geometry.key, configs, launch, du.device)
     dweight, BLOCK = torch.empty(weight.shape, dtype=torch.float32, device=du.device), 128
     gather_kernel[(triton.cdiv(dweight.numel(), BLOCK),)](
@@ -83,10 +82,18 @@ def _dweight(geometry, du, h, weight, scale):
     return dweight
 
 
-def candidates(*shapes):
-    """Of the tuner, of (patches, threads, stages) each; the first is taken where nothing can be measured."""
-    return [dict(BLOCK_P=patches, num_warps=threads // tuning.WARP_SIZE, num_stages=stages, **tuning.registers(255))
-            for patches, threads, stages in shapes]
+def candidates(geometry):
+    """Of the tuner, for every kernel with products; the first is taken where nothing can be measured.
+
+    With the most registers that spill nothing.
+    """
+    shapes, limit = ((128, 2), (64, 3), (64, 2)), 128  # patches and stages; registers
+    if geometry.dtype == torch.float32:  # without matrix units a thread holds whole rows and columns of its products
+        shapes, limit = ((32, 2), (32, 3)), 255
+    elif geometry.outputs > MAX_OUTPUTS:
+        shapes = shapes[1:]
+    return [dict(BLOCK_P=patches, num_warps=THREADS // tuning.WARP_SIZE, num_stages=stages, **tuning.registers(limit))
+            for patches, stages in shapes]
 
 
 class _Geometry:
@@ -101,8 +108,9 @@ class _Geometry:
         self.dtype = torch.float32 if INTERPRETED else q.dtype  # the interpreter gets 16-bit products wrong
         BLOCK_C = max(MIN_BLOCK_C, triton.next_power_of_2(width))
         BLOCK_J = min(triton.next_power_of_2(kernel_size + 1), MAX_COLUMNS // BLOCK_C)
-        PATCH_W = _power_of_2(BLOCK_J - kernel_size + 1)
+        PATCH_W = _power_of_2(min(BLOCK_J - kernel_size + 1, MAX_OUTPUTS // BLOCK_C))
         PATCH_H = min(MAX_PATCH_H, _power_of_2(MAX_OUTPUTS // (PATCH_W * BLOCK_C)))
+        self.outputs = PATCH_H * PATCH_W * BLOCK_C
         CHUNKS = triton.cdiv(PATCH_W - 1 + kernel_size, BLOCK_J)
         self.sizes = *self.image, self.Q, self.num_blocks, (PATCH_H - 1 + kernel_size) * CHUNKS
         self.window = dict(KERNEL_SIZE=kernel_size, BLOCK_C=BLOCK_C, BLOCK_J=BLOCK_J, CHUNKS=CHUNKS, PATCH_W=PATCH_W,

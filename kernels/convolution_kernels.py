@@ -76,14 +76,13 @@ def hadamard_kernel(p_h, p_weight, p_bias, p_z, p_slope, B, H, W, Q, num_blocks,
         slope   = GELU'(u)               for each sample and block of channels; h[y, x] (CHANNELS,), weight[t] square
     """
     block, tile = tl.program_id(0) % num_blocks, tl.program_id(0) // num_blocks
-    b, o_y, o_x = _patches(tile * BLOCK_P, H, W, DILATION, PATCH_H, PATCH_W, BLOCK_P)
+    b, o_y, o_x = _patches(tile * BLOCK_P, B, H, W, DILATION, PATCH_H, PATCH_W, BLOCK_P)
     b_u = _convolution(p_h, p_weight, block, b, o_y, o_x, B, H, W, num_products,
                        KERNEL_SIZE, DILATION, BLOCK_C, BLOCK_J, CHUNKS, PATCH_H, PATCH_W, BLOCK_P)
     o_y, o_x, o_in = _pixels(o_y, o_x, DILATION, PATCH_H, PATCH_W, BLOCK_C)
     o_c = block * CHANNELS + o_in
-    m_c = (o_in < CHANNELS) & (o_c < Q)
-    mask = (b < B) & (o_y < H) & (o_x < W) & m_c
-    b_u = b_u * scale + tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    mask = (o_y < H) & (o_x < W) & (o_in < CHANNELS) & (o_c < Q)
+    b_u = b_u * scale + tl.load(p_bias + o_c, mask=(o_in < CHANNELS) & (o_c < Q), other=0.0).to(tl.float32)
     b_cdf = 0.5 * (1.0 + tl.erf(b_u * 0.7071067811865476))
     o_o = b * (H * W * Q) + ((o_y * W + o_x) * Q + o_c)
     tl.store(p_z + o_o, b_u * b_cdf, mask=mask)
@@ -102,12 +101,12 @@ def dqk_kernel(p_du, p_weight, p_q, p_k, p_dq, p_dk, B, H, W, Q, num_blocks, num
         dq, dk   = k * dh, q * dh        for each sample and block of channels; dh (CHANNELS,), weight[t] square
     """
     block, tile = tl.program_id(0) % num_blocks, tl.program_id(0) // num_blocks
-    b, o_y, o_x = _patches(tile * BLOCK_P, H, W, DILATION, PATCH_H, PATCH_W, BLOCK_P)
+    b, o_y, o_x = _patches(tile * BLOCK_P, B, H, W, DILATION, PATCH_H, PATCH_W, BLOCK_P)
     b_dh = _convolution(p_du, p_weight, block, b, o_y, o_x, B, H, W, num_products,
                         KERNEL_SIZE, DILATION, BLOCK_C, BLOCK_J, CHUNKS, PATCH_H, PATCH_W, BLOCK_P) * scale
     o_y, o_x, o_in = _pixels(o_y, o_x, DILATION, PATCH_H, PATCH_W, BLOCK_C)
     o_c = block * CHANNELS + o_in
-    mask = (b < B) & (o_y < H) & (o_x < W) & (o_in < CHANNELS) & (o_c < Q)
+    mask = (o_y < H) & (o_x < W) & (o_in < CHANNELS) & (o_c < Q)
     b_q = tl.load(p_q + b * s_qb + (o_y * s_qy + o_x * s_qx + o_c), mask=mask, other=0.0).to(tl.float32)
     b_k = tl.load(p_k + b * s_kb + (o_y * s_ky + o_x * s_kx + o_c), mask=mask, other=0.0).to(tl.float32)
     o_o = b * (H * W * Q) + ((o_y * W + o_x) * Q + o_c)
@@ -137,13 +136,12 @@ def dweight_kernel(p_du, p_h, p_part, B, H, W, num_blocks, split_size, num_patch
     o_i = first_i + tl.arange(0, BLOCK_I * PATCH_W * BLOCK_C)[None, :] // (PATCH_W * BLOCK_C)
     b_dw = tl.zeros([BLOCK_J * BLOCK_C, BLOCK_I * PATCH_W * BLOCK_C], dtype=tl.float32)
     for start in range(first, tl.minimum(first + split_size, num_patches), BLOCK_P):
-        b, o_y, o_x = _patches(start, H, W, DILATION, 1, PATCH_W, BLOCK_P)
+        b, o_y, o_x = _patches(start, B, H, W, DILATION, 1, PATCH_W, BLOCK_P)
         p_image = (block.to(tl.int64) * B + b) * (H * W * BLOCK_C)
-        m_y = (b < B) & (o_y < H)
-        b_h = _neighbours(p_h + p_image, o_y, o_x, chunk, m_y, W, KERNEL_SIZE, DILATION, BLOCK_C, BLOCK_J)
+        b_h = _neighbours(p_h + p_image, o_y, o_x, chunk, H, W, KERNEL_SIZE, DILATION, BLOCK_C, BLOCK_J)
         _, o_dux, o_in = _pixels(o_y, o_x, DILATION, BLOCK_I, PATCH_W, BLOCK_C)
         o_duy = o_y - (o_i - KERNEL_SIZE // 2) * DILATION
-        m_du = m_y & (o_duy >= 0) & (o_duy < H) & (o_dux < W) & (o_i < KERNEL_SIZE)
+        m_du = (o_duy >= 0) & (o_duy < H) & (o_dux < W) & (o_i < KERNEL_SIZE)
         b_du = tl.load(p_du + p_image + ((o_duy * W + o_dux) * BLOCK_C + o_in), mask=m_du, other=0.0)
         # [BLOCK_J * BLOCK_C, BLOCK_P] @ [BLOCK_P, BLOCK_I * PATCH_W * BLOCK_C]
         b_dw = tl.dot(tl.trans(b_h), b_du, b_dw, input_precision="ieee")
@@ -194,7 +192,7 @@ def _convolution(p_x, p_weight, block, b, o_y, o_x, B, H, W, num_products,
     for product in range(num_products):
         row, chunk = product // CHUNKS, product % CHUNKS
         y = o_y + (row - KERNEL_SIZE // 2) * DILATION
-        b_x = _neighbours(p_x, y, o_x, chunk, (b < B) & (y >= 0) & (y < H), W, KERNEL_SIZE, DILATION, BLOCK_C, BLOCK_J)
+        b_x = _neighbours(p_x, y, o_x, chunk, H, W, KERNEL_SIZE, DILATION, BLOCK_C, BLOCK_J)
         o_i = row - o_row  # for a patch's row the row of taps that meets this one
         o_weight = ((o_i * CHUNKS + chunk) * (BLOCK_J * BLOCK_C) + o_jc) * (PATCH_W * BLOCK_C) + o_xc
         b_weight = tl.load(p_weight + o_weight, mask=(o_i >= 0) & (o_i < KERNEL_SIZE), other=0.0)
@@ -204,17 +202,19 @@ def _convolution(p_x, p_weight, block, b, o_y, o_x, B, H, W, num_products,
 
 
 @triton.jit
-def _patches(first, H, W, DILATION: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, BLOCK_P: tl.constexpr):
+def _patches(first, B, H, W, DILATION: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
+             BLOCK_P: tl.constexpr):
     """[BLOCK_P, 1] each: samples, rows and columns of the first pixels of the patches from `first` on.
 
-    Patches reach over the right and lower edge, and behind the last sample.
+    Patches reach over the right and lower edge; those behind the last one lie below the last sample.
     """
     o_n = first + tl.arange(0, BLOCK_P)[:, None]
     num_y, num_x = tl.cdiv(H, PATCH_H * DILATION) * DILATION, tl.cdiv(W, PATCH_W * DILATION) * DILATION
     o_y, o_x = o_n // num_x % num_y, o_n % num_x
     o_y = o_y // DILATION * (PATCH_H * DILATION) + o_y % DILATION
     o_x = o_x // DILATION * (PATCH_W * DILATION) + o_x % DILATION
-    return (o_n // (num_x * num_y)).to(tl.int64), o_y, o_x
+    b = o_n // (num_x * num_y)
+    return tl.minimum(b, B - 1).to(tl.int64), tl.where(b < B, o_y, H), o_x
 
 
 @triton.jit
@@ -225,9 +225,10 @@ def _pixels(o_y, o_x, DILATION: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl
 
 
 @triton.jit
-def _neighbours(p_x, o_y, o_x, chunk, m_y, W, KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, BLOCK_C: tl.constexpr,
+def _neighbours(p_x, o_y, o_x, chunk, H, W, KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, BLOCK_C: tl.constexpr,
                 BLOCK_J: tl.constexpr):
     """[BLOCK_P, BLOCK_J * BLOCK_C]: of rows o_y a chunk of the neighbours of o_x and what is right of it, else 0."""
     o = tl.arange(0, BLOCK_J * BLOCK_C)[None, :]
     x = o_x + (chunk * BLOCK_J + o // BLOCK_C - KERNEL_SIZE // 2) * DILATION
-    return tl.load(p_x + ((o_y * W + x) * BLOCK_C + o % BLOCK_C), mask=m_y & (x >= 0) & (x < W), other=0.0)
+    mask = (o_y >= 0) & (o_y < H) & (x >= 0) & (x < W)
+    return tl.load(p_x + ((o_y * W + x) * BLOCK_C + o % BLOCK_C), mask=mask, other=0.0)
