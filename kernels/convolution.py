@@ -75,10 +75,11 @@ def _dweight(geometry, du, h, weight, scale):
 
     configs = tuning.for_sums_over_pixels(candidates(geometry))
     tuning.launch("dweight", geometry.key, configs, launch, du.device)
-    dweight, BLOCK = torch.empty(weight.shape, dtype=torch.float32, device=du.device), 128
-    gather_kernel[(triton.cdiv(dweight.numel(), BLOCK),)](
+    dweight = torch.empty(weight.shape, dtype=torch.float32, device=du.device)
+    BLOCK_E, BLOCK_S = 256, min(16, triton.next_power_of_2(num_splits))
+    gather_kernel[(triton.cdiv(dweight.numel(), BLOCK_E),)](
         parts, dweight, dweight.numel(), parts.stride(0), num_splits, scale,
-        BLOCK=BLOCK, **tap_rows, **geometry.groups, **geometry.window)
+        BLOCK_E=BLOCK_E, BLOCK_S=BLOCK_S, num_warps=8, **tap_rows, **geometry.groups, **geometry.window)
     return dweight
 
 

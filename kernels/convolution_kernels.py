@@ -154,26 +154,26 @@ def dweight_kernel(p_du, p_h, p_part, B, H, W, num_blocks, split_size, num_patch
 def gather_kernel(p_part, p_dweight, num_elements, split_stride, num_splits, scale,
                   KERNEL_SIZE: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr,
                   BLOCK_J: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_I: tl.constexpr, PATCH_W: tl.constexpr,
-                  BLOCK: tl.constexpr):
+                  BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
     """dweight (Q, WIDTH, KERNEL_SIZE, KERNEL_SIZE) float32, scale times the sum of dweight_kernel's parts."""
     ROWS: tl.constexpr = (KERNEL_SIZE + BLOCK_I - 1) // BLOCK_I
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    o_j, o_i = o % KERNEL_SIZE, o // KERNEL_SIZE % KERNEL_SIZE
-    o_c = o // (KERNEL_SIZE * KERNEL_SIZE * WIDTH)
+    o_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    o_j, o_i = o_e % KERNEL_SIZE, o_e // KERNEL_SIZE % KERNEL_SIZE
+    o_c = o_e // (KERNEL_SIZE * KERNEL_SIZE * WIDTH)
     block, o_out = (o_c // CHANNELS).to(tl.int64), o_c % CHANNELS
-    o_in = o_out // WIDTH * WIDTH + o // (KERNEL_SIZE * KERNEL_SIZE) % WIDTH
-    p_part += block * (ROWS * CHUNKS * BLOCK_J * BLOCK_C * BLOCK_I * PATCH_W * BLOCK_C)
-    mask = o < num_elements
-    b_sum = tl.zeros([BLOCK], dtype=tl.float32)
-    for _ in range(num_splits):
-        for x in tl.static_range(PATCH_W):
-            o_n = o_j + x  # a neighbour
-            tile = o_i // BLOCK_I * CHUNKS + o_n // BLOCK_J
-            row, column = o_n % BLOCK_J * BLOCK_C + o_in, (o_i % BLOCK_I * PATCH_W + x) * BLOCK_C + o_out
-            o_part = (tile * (BLOCK_J * BLOCK_C) + row) * (BLOCK_I * PATCH_W * BLOCK_C) + column
-            b_sum += tl.load(p_part + o_part, mask=mask, other=0.0)
-        p_part += split_stride
-    tl.store(p_dweight + o, b_sum * scale, mask=mask)
+    o_in = o_out // WIDTH * WIDTH + o_e // (KERNEL_SIZE * KERNEL_SIZE) % WIDTH
+    b_sum = tl.zeros([BLOCK_E], dtype=tl.float32)
+    for x in tl.static_range(PATCH_W):
+        o_n = o_j + x  # a neighbour
+        tile = (block * ROWS + o_i // BLOCK_I) * CHUNKS + o_n // BLOCK_J
+        row, column = o_n % BLOCK_J * BLOCK_C + o_in, (o_i % BLOCK_I * PATCH_W + x) * BLOCK_C + o_out
+        o_part = (tile * (BLOCK_J * BLOCK_C) + row) * (BLOCK_I * PATCH_W * BLOCK_C) + column
+        for first in range(0, num_splits, BLOCK_S):
+            split = first + tl.arange(0, BLOCK_S)[:, None]
+            mask = (split < num_splits) & (o_e < num_elements)[None, :]
+            b_part = tl.load(p_part + (split.to(tl.int64) * split_stride + o_part[None, :]), mask=mask, other=0.0)
+            b_sum += tl.sum(b_part, 0)  # [BLOCK_S, BLOCK_E] -> [BLOCK_E]
+    tl.store(p_dweight + o_e, b_sum * scale, mask=o_e < num_elements)
 
 
 @triton.jit
