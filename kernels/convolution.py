@@ -4,7 +4,13 @@ import triton
 
 from . import tuning
 from .convolution_kernels import (
-    dqk_kernel, dweight_kernel, gather_kernel, hadamard_kernel, multiply_kernel, spread_kernel)
+    dqk_kernel,
+    dweight_kernel,
+    gather_kernel,
+    hadamard_kernel,
+    multiply_kernel,
+    spread_kernel,
+)
 
 MIN_BLOCK_C = 8  # channels: what one side of a matrix unit's product has at least
 MAX_COLUMNS = 128  # of a tile, neighbours times channels: it has to fit into shared memory
@@ -61,17 +67,18 @@ def _dqk(geometry, du, q, k, weight, scale):
 
 
 def _dweight(geometry, du, h, weight, scale):
-    tap_rows, num_tiles, tile = geometry.sums()
     num_patches = geometry.num_patches(PATCH_H=1)
-    most = max(1, MAX_PROGRAMS // num_tiles)  # splits
+    num_tiles = geometry.num_blocks * triton.cdiv(geometry.kernel_size, geometry.BLOCK_I) * geometry.CHUNKS
+    most = max(1, MAX_PROGRAMS // num_tiles)
     split_size = max(SPLIT_SIZE, triton.cdiv(num_patches, most * MAX_BLOCK_P) * MAX_BLOCK_P)
     num_splits = triton.cdiv(num_patches, split_size)
+    tile = geometry.BLOCK_J * geometry.BLOCK_C, geometry.BLOCK_I * geometry.PATCH_W * geometry.BLOCK_C
     parts = torch.empty(num_splits, num_tiles, *tile, dtype=torch.float32, device=du.device)
 
     def launch(**config):
         dweight_kernel[(num_splits * num_tiles,)](
             du, h, parts, *geometry.image, geometry.num_blocks, split_size, num_patches,
-            DILATION=geometry.dilation, **tap_rows, **geometry.window, **config)
+            DILATION=geometry.dilation, **geometry.sums, **config)
 
     configs = tuning.for_sums_over_pixels(candidates(geometry))
     tuning.launch("dweight", geometry.key, configs, launch, du.device)
@@ -79,7 +86,8 @@ def _dweight(geometry, du, h, weight, scale):
     BLOCK_E, BLOCK_S = 256, min(16, triton.next_power_of_2(num_splits))
     gather_kernel[(triton.cdiv(dweight.numel(), BLOCK_E),)](
         parts, dweight, dweight.numel(), parts.stride(0), num_splits, scale,
-        BLOCK_E=BLOCK_E, BLOCK_S=BLOCK_S, num_warps=8, **tap_rows, **geometry.groups, **geometry.window)
+        BLOCK_E=BLOCK_E, BLOCK_S=BLOCK_S, WIDTH=geometry.width, CHANNELS=geometry.channels, num_warps=8,
+        **geometry.sums)
     return dweight
 
 
@@ -91,7 +99,7 @@ def candidates(geometry):
     shapes, limit = ((128, 2), (64, 3), (64, 2)), 128  # patches and stages; registers
     if geometry.dtype == torch.float32:  # without matrix units a thread holds whole rows and columns of its products
         shapes, limit = ((32, 2), (32, 3)), 255
-    elif geometry.outputs > MAX_OUTPUTS:
+    elif geometry.BLOCK_C > MAX_OUTPUTS:
         shapes = shapes[1:]
     return [dict(BLOCK_P=patches, num_warps=THREADS // tuning.WARP_SIZE, num_stages=stages, **tuning.registers(limit))
             for patches, stages in shapes]
@@ -102,60 +110,54 @@ class _Geometry:
 
     def __init__(self, q, weight, dilation):
         self.image, self.Q = q.shape[:3], q.shape[3]
-        width, kernel_size = weight.shape[1:3]
-        self.channels = max(1, MIN_BLOCK_C // width) * width  # of a block
-        self.num_blocks = triton.cdiv(self.Q, self.channels)
+        self.width, self.kernel_size = weight.shape[1:3]
         self.dilation = dilation
+        self.channels = max(1, MIN_BLOCK_C // self.width) * self.width  # of a block
+        self.num_blocks = triton.cdiv(self.Q, self.channels)
         self.dtype = torch.float32 if INTERPRETED else q.dtype  # the interpreter gets 16-bit products wrong
-        BLOCK_C = max(MIN_BLOCK_C, triton.next_power_of_2(width))
-        BLOCK_J = min(triton.next_power_of_2(kernel_size + 1), MAX_COLUMNS // BLOCK_C)
-        PATCH_W = _power_of_2(min(BLOCK_J - kernel_size + 1, MAX_OUTPUTS // BLOCK_C))
-        PATCH_H = min(MAX_PATCH_H, _power_of_2(MAX_OUTPUTS // (PATCH_W * BLOCK_C)))
-        self.outputs = PATCH_H * PATCH_W * BLOCK_C
-        CHUNKS = triton.cdiv(PATCH_W - 1 + kernel_size, BLOCK_J)
-        self.sizes = *self.image, self.Q, self.num_blocks, (PATCH_H - 1 + kernel_size) * CHUNKS
-        self.window = dict(KERNEL_SIZE=kernel_size, BLOCK_C=BLOCK_C, BLOCK_J=BLOCK_J, CHUNKS=CHUNKS, PATCH_W=PATCH_W,
-                           enable_fp_fusion=True)
-        self.groups = dict(WIDTH=width, CHANNELS=self.channels)
-        self.patches = dict(DILATION=dilation, CHANNELS=self.channels, PATCH_H=PATCH_H, **self.window)
+        self.BLOCK_C = max(MIN_BLOCK_C, triton.next_power_of_2(self.width))
+        self.BLOCK_J = min(triton.next_power_of_2(self.kernel_size + 1), MAX_COLUMNS // self.BLOCK_C)
+        self.PATCH_W = _power_of_2(min(self.BLOCK_J - self.kernel_size + 1, MAX_OUTPUTS // self.BLOCK_C))
+        self.PATCH_H = _power_of_2(min(MAX_PATCH_H, MAX_OUTPUTS // (self.PATCH_W * self.BLOCK_C)))
+        self.BLOCK_I = _power_of_2(min(2 * self.kernel_size - 1, MAX_COLUMNS // (self.PATCH_W * self.BLOCK_C)))
+        self.CHUNKS = triton.cdiv(self.PATCH_W - 1 + self.kernel_size, self.BLOCK_J)
+        self.sizes = *self.image, self.Q, self.num_blocks, (self.PATCH_H - 1 + self.kernel_size) * self.CHUNKS
+        self.window = dict(KERNEL_SIZE=self.kernel_size, BLOCK_C=self.BLOCK_C, BLOCK_J=self.BLOCK_J,
+                           CHUNKS=self.CHUNKS, PATCH_W=self.PATCH_W, enable_fp_fusion=True)
+        self.patches = dict(DILATION=dilation, CHANNELS=self.channels, PATCH_H=self.PATCH_H, **self.window)
+        self.groups = dict(WIDTH=self.width, CHANNELS=self.channels, **self.window)
+        self.sums = dict(BLOCK_I=self.BLOCK_I, **self.window)
         self.key = dict(
-            dtype=str(q.dtype)[6:], k=kernel_size, dilation=dilation, width=width, channels=self.Q,
+            dtype=str(q.dtype)[6:], k=self.kernel_size, dilation=dilation, width=self.width, channels=self.Q,
             pixels=triton.next_power_of_2(max(1, q.shape[1] * q.shape[2])))
 
     def num_patches(self, PATCH_H):
         """Of all samples; see kernels.convolution_kernels._patches."""
         B, H, W = self.image
         along = lambda side, size: triton.cdiv(side, size * self.dilation) * self.dilation
-        return B * along(H, PATCH_H) * along(W, self.window["PATCH_W"])
+        return B * along(H, PATCH_H) * along(W, self.PATCH_W)
 
     def grid(self, config):
-        return triton.cdiv(self.num_patches(self.patches["PATCH_H"]), config["BLOCK_P"]) * self.num_blocks,
-
-    def sums(self):
-        """What a program of dweight_kernel sums: constants, how many tiles for all blocks, and a tile's shape."""
-        kernel_size, BLOCK_C, BLOCK_J, CHUNKS, PATCH_W = list(self.window.values())[:5]
-        BLOCK_I = min(triton.next_power_of_2(kernel_size), _power_of_2(MAX_COLUMNS // (PATCH_W * BLOCK_C)))
-        num_tiles = self.num_blocks * triton.cdiv(kernel_size, BLOCK_I) * CHUNKS
-        return dict(BLOCK_I=BLOCK_I), num_tiles, (BLOCK_J * BLOCK_C, BLOCK_I * PATCH_W * BLOCK_C)
+        return triton.cdiv(self.num_patches(self.PATCH_H), config["BLOCK_P"]) * self.num_blocks,
 
     def product(self, x1, x2):
         """x1 * x2, (B, H, W, Q) both, as (num_blocks, B * H * W, BLOCK_C)."""
         B, H, W = self.image
-        BLOCK_C = self.window["BLOCK_C"]
-        out = torch.empty(self.num_blocks, B * H * W, BLOCK_C, dtype=self.dtype, device=x1.device)
-        BLOCK_P, BLOCK_Q = 64, min(64, triton.next_power_of_2(self.num_blocks * BLOCK_C))
-        multiply_kernel[triton.cdiv(B * H * W, BLOCK_P), triton.cdiv(self.num_blocks * BLOCK_C, BLOCK_Q)](
+        channels = self.num_blocks * self.BLOCK_C
+        out = torch.empty(self.num_blocks, B * H * W, self.BLOCK_C, dtype=self.dtype, device=x1.device)
+        BLOCK_P, BLOCK_Q = 64, min(64, triton.next_power_of_2(channels))
+        multiply_kernel[triton.cdiv(B * H * W, BLOCK_P), triton.cdiv(channels, BLOCK_Q)](
             x1, x2, out, H, W, self.Q, B * H * W, self.num_blocks, *x1.stride()[:3], *x2.stride()[:3],
-            CHANNELS=self.channels, BLOCK_C=BLOCK_C, BLOCK_Q=BLOCK_Q, BLOCK_P=BLOCK_P, enable_fp_fusion=True)
+            CHANNELS=self.channels, BLOCK_C=self.BLOCK_C, BLOCK_Q=BLOCK_Q, BLOCK_P=BLOCK_P, enable_fp_fusion=True)
         return out
 
     def matrices(self, weight, MIRRORED):
-        """As the convolution multiplies with it, or as its transpose does, if MIRRORED; see spread_kernel."""
-        kernel_size, BLOCK_C, BLOCK_J, CHUNKS, PATCH_W = list(self.window.values())[:5]
-        shape = self.num_blocks, kernel_size, CHUNKS, BLOCK_J * BLOCK_C, PATCH_W * BLOCK_C
+        """What the convolution multiplies with or, MIRRORED, its transpose; see spread_kernel."""
+        shape = (self.num_blocks, self.kernel_size, self.CHUNKS,
+                 self.BLOCK_J * self.BLOCK_C, self.PATCH_W * self.BLOCK_C)
         out = torch.empty(shape, dtype=self.dtype, device=weight.device)
-        spread_kernel[(self.num_blocks * kernel_size * CHUNKS,)](
-            weight.contiguous(), out, self.Q, MIRRORED=MIRRORED, **self.groups, **self.window)
+        spread_kernel[(self.num_blocks * self.kernel_size * self.CHUNKS,)](
+            weight.contiguous(), out, self.Q, MIRRORED=MIRRORED, **self.groups)
         return out
 
 

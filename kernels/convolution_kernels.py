@@ -1,18 +1,17 @@
 """Hadamard attention in Triton: the product q * k, a grouped convolution, bias and GELU, and their gradients.
 
 convolution.py launches them. A block of channels is as many whole groups as fit into 8, or one group that is wider. The
-product q * k is first laid out block by block (multiply_kernel), so that a pixel's neighbours in a row follow each other
-in memory.
+product q * k is first laid out block by block (multiply_kernel): there the neighbours in a row follow each other.
 
 A program computes BLOCK_P patches of one block of channels. A patch is PATCH_H x PATCH_W pixels, DILATION apart, of any
-sample, so that small images fill a program. A row that it reads, PATCH_W - 1 + KERNEL_SIZE neighbours, is one product
-with all of its pixels at once, or CHUNKS of BLOCK_J neighbours where the window is long or its blocks are wide:
+sample, so that small images fill a program, too. A row that it reads, PATCH_W - 1 + KERNEL_SIZE neighbours, is one
+product for all of its pixels, or CHUNKS of BLOCK_J neighbours where windows are long or blocks wide:
 
     (BLOCK_P, BLOCK_J * BLOCK_C) @ (BLOCK_J * BLOCK_C, PATCH_H * PATCH_W * BLOCK_C)
 
-The matrix has a tap's weights where a neighbour is in a pixel's window, elsewhere zeros: a few products in vain, at the
-rate of matrix units, where each pixel would have to be brought to them again. Sums are float32. Nothing is added
-atomically: the gradient of q * k gathers, that of the weights is partial sums, one per program.
+The matrix has a tap's weights where a neighbour is in a pixel's window, elsewhere zeros. That is work in vain, at the
+rate of matrix units; in return a neighbour passes through shared memory once for all pixels of a patch. Sums are
+float32. Nothing is added atomically: the gradient of q * k gathers, that of the weights is a sum of partial ones.
 """
 import triton
 import triton.language as tl
@@ -124,9 +123,9 @@ def dweight_kernel(p_du, p_h, p_part, B, H, W, num_blocks, split_size, num_patch
         dw[j, c_in, i, x, c_out] = sum over (y, x') of h[y, x' + (j-r) * DILATION, c_in]
                                                        * du[y - (i-r) * DILATION, x' + x * DILATION, c_out]
 
-    where x' is the first column of a patch of one row: tap (i, j - x) is the sum of PATCH_W of them, see
-    gather_kernel. A program sums split_size patches for BLOCK_I rows of taps and BLOCK_J neighbours. The programs of one
-    block and split follow each other, so that what the first reads the others find in the cache.
+    where x' is the first column of a patch of one row; tap (i, j) is the sum of dw[j + x, :, i, x], see gather_kernel.
+    A program sums split_size patches for BLOCK_I rows of taps and BLOCK_J neighbours. The programs of one block and
+    split follow each other, so that what the first reads the others find in the cache.
     """
     ROWS: tl.constexpr = (KERNEL_SIZE + BLOCK_I - 1) // BLOCK_I
     product, rest = tl.program_id(0) % (ROWS * CHUNKS), tl.program_id(0) // (ROWS * CHUNKS)
