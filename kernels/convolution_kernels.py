@@ -138,10 +138,10 @@ def dweight_kernel(p_du, p_h, p_part, B, H, W, num_blocks, split_size, num_patch
         b, o_y, o_x = _patches(start, B, H, W, DILATION, 1, PATCH_W, BLOCK_P)
         p_image = (block.to(tl.int64) * B + b) * (H * W * BLOCK_C)
         b_h = _neighbours(p_h + p_image, o_y, o_x, chunk, H, W, KERNEL_SIZE, DILATION, BLOCK_C, BLOCK_J)
-        _, o_dux, o_in = _pixels(o_y, o_x, DILATION, BLOCK_I, PATCH_W, BLOCK_C)
-        o_duy = o_y - (o_i - KERNEL_SIZE // 2) * DILATION
-        m_du = (o_duy >= 0) & (o_duy < H) & (o_dux < W) & (o_i < KERNEL_SIZE)
-        b_du = tl.load(p_du + p_image + ((o_duy * W + o_dux) * BLOCK_C + o_in), mask=m_du, other=0.0)
+        _, x, o_in = _pixels(o_y, o_x, DILATION, BLOCK_I, PATCH_W, BLOCK_C)
+        y = o_y - (o_i - KERNEL_SIZE // 2) * DILATION
+        mask = (y >= 0) & (y < H) & (x < W) & (o_i < KERNEL_SIZE)
+        b_du = tl.load(p_du + p_image + ((y * W + x) * BLOCK_C + o_in), mask=mask, other=0.0)
         # [BLOCK_J * BLOCK_C, BLOCK_P] @ [BLOCK_P, BLOCK_I * PATCH_W * BLOCK_C]
         b_dw = tl.dot(tl.trans(b_h), b_du, b_dw, input_precision="ieee")
     o_row, o_column = tl.arange(0, BLOCK_J * BLOCK_C)[:, None], tl.arange(0, BLOCK_I * PATCH_W * BLOCK_C)[None, :]
@@ -207,12 +207,14 @@ def _patches(first, B, H, W, DILATION: tl.constexpr, PATCH_H: tl.constexpr, PATC
 
     Patches reach over the right and lower edge; those behind the last one lie below the last sample.
     """
-    o_n = first + tl.arange(0, BLOCK_P)[:, None]
-    num_y, num_x = tl.cdiv(H, PATCH_H * DILATION) * DILATION, tl.cdiv(W, PATCH_W * DILATION) * DILATION
-    o_y, o_x = o_n // num_x % num_y, o_n % num_x
+    # Unsigned numbers are divided in half the instructions.
+    o_n = tl.cast(first + tl.arange(0, BLOCK_P)[:, None], tl.uint32)
+    num_y = tl.cast(tl.cdiv(H, PATCH_H * DILATION) * DILATION, tl.uint32)
+    num_x = tl.cast(tl.cdiv(W, PATCH_W * DILATION) * DILATION, tl.uint32)
+    b, o_y = tl.cast(o_n // num_x // num_y, tl.int32), tl.cast(o_n // num_x % num_y, tl.int32)
+    o_x = tl.cast(o_n % num_x, tl.int32)
     o_y = o_y // DILATION * (PATCH_H * DILATION) + o_y % DILATION
     o_x = o_x // DILATION * (PATCH_W * DILATION) + o_x % DILATION
-    b = o_n // (num_x * num_y)
     return tl.minimum(b, B - 1).to(tl.int64), tl.where(b < B, o_y, H), o_x
 
 
