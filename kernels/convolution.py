@@ -119,7 +119,8 @@ class _Geometry:
         self.BLOCK_J = min(triton.next_power_of_2(self.kernel_size + 1), MAX_COLUMNS // self.BLOCK_C)
         self.PATCH_W = _power_of_2(min(self.BLOCK_J - self.kernel_size + 1, MAX_OUTPUTS // self.BLOCK_C))
         self.PATCH_H = _power_of_2(min(MAX_PATCH_H, MAX_OUTPUTS // (self.PATCH_W * self.BLOCK_C)))
-        self.BLOCK_I = _power_of_2(min(2 * self.kernel_size - 1, MAX_COLUMNS // (self.PATCH_W * self.BLOCK_C)))
+        self.BLOCK_I = min(triton.next_power_of_2(self.kernel_size),
+                           _power_of_2(MAX_COLUMNS // (self.PATCH_W * self.BLOCK_C)))
         self.CHUNKS = triton.cdiv(self.PATCH_W - 1 + self.kernel_size, self.BLOCK_J)
         self.sizes = *self.image, self.Q, self.num_blocks, (self.PATCH_H - 1 + self.kernel_size) * self.CHUNKS
         self.window = dict(KERNEL_SIZE=self.kernel_size, BLOCK_C=self.BLOCK_C, BLOCK_J=self.BLOCK_J,
