@@ -140,7 +140,7 @@ def dweight_kernel(p_du, p_h, p_part, B, H, W, num_blocks, split_size, num_patch
         b_h = _neighbours(p_h + p_image, o_y, o_x, chunk, H, W, KERNEL_SIZE, DILATION, BLOCK_C, BLOCK_J)
         _, x, o_in = _pixels(o_y, o_x, DILATION, BLOCK_I, PATCH_W, BLOCK_C)
         y = o_y - (o_i - KERNEL_SIZE // 2) * DILATION
-        mask = (y >= 0) & (y < H) & (x < W) & (o_i < KERNEL_SIZE)
+        mask = (y >= 0) & (y < H) & (x < W) & (o_i < KERNEL_SIZE)  # the last is not needed, but saves loads
         b_du = tl.load(p_du + p_image + ((y * W + x) * BLOCK_C + o_in), mask=mask, other=0.0)
         # [BLOCK_J * BLOCK_C, BLOCK_P] @ [BLOCK_P, BLOCK_I * PATCH_W * BLOCK_C]
         b_dw = tl.dot(tl.trans(b_h), b_du, b_dw, input_precision="ieee")
