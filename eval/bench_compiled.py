@@ -25,7 +25,8 @@ TARGETS = {
 SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # bytes of a multiprocessor
 KERNELS = {
     aggregation: ("forward_kernel", "dv_kernel", "dlogits_kernel", "dghost_kernel"),
-    convolution: ("pad_kernel", "hadamard_kernel", "dqk_kernel", "dweight_kernel"),
+    convolution: ("multiply_kernel", "spread_kernel", "hadamard_kernel", "dqk_kernel", "dweight_kernel",
+                  "gather_kernel"),
 }
 # name: (height, width, heads, head width, kernel size, ghost_mul?, channels of q and of k, of a group)
 SHAPES = {
@@ -81,7 +82,7 @@ def main(target, dtype):
     _print_row("-" * width for width in COLUMNS.values())
     for shape in SHAPES:
         for kernel, arguments, constants in launches(SHAPES[shape], getattr(torch, dtype), target):
-            chosen = ("STRIP", "BLOCK_S", "BLOCK_J", "BLOCK_P", "GELU", "num_warps", "num_stages", "maxnreg")
+            chosen = ("STRIP", "BLOCK_S", "BLOCK_J", "BLOCK_P", "MIRRORED", "num_warps", "num_stages", "maxnreg")
             configuration = " ".join(f"{name}={constants[name]}" for name in chosen if name in constants)
             used = resources(kernel, arguments, constants, target)
             known = lambda name, form: form.format(used[name]) if used.get(name) is not None else ""
@@ -156,8 +157,8 @@ def _nvidia(compiled, target, name, constants):
 
 def _per_tap(code, name, constants, threads):
     """Instructions that all threads of a program execute, over the taps, pixels and channels that it computes."""
-    if "KERNEL_SIZE" not in constants:
-        return None  # pad_kernel has no taps
+    if name in ("multiply_kernel", "spread_kernel", "gather_kernel"):
+        return None  # they have no taps
     loops = []
     for address, instruction in code:
         if re.match("EXIT", instruction):  # behind it wait those that found a barrier closed
@@ -170,12 +171,12 @@ def _per_tap(code, name, constants, threads):
     if "BLOCK_S" in constants:
         elements = constants["BLOCK_S"] * constants["STRIP"] * constants["HEAD_DIM"]
     else:
-        elements = constants["BLOCK_P"] * constants["CHANNELS"]
+        elements = constants["BLOCK_P"] * constants.get("PATCH_H", 1) * constants["PATCH_W"] * constants["BLOCK_C"]
     if name in ("dghost_kernel", "dweight_kernel"):  # loops over pixels: one turn, for some taps
-        taps = min(constants["BLOCK_J"], kernel_size)
+        taps = min(constants["BLOCK_J"], kernel_size) * min(constants.get("BLOCK_I", 1), kernel_size)
         return threads * sum(depth > 0 for depth in depths) / (elements * taps)
-    # All loops are over the rows of the window.
-    return threads * sum(kernel_size ** depth for depth in depths) / (elements * kernel_size ** 2)
+    rows = constants.get("PATCH_H", 1) - 1 + kernel_size  # all loops are over those that a pixel or a patch reads
+    return threads * sum(rows ** depth for depth in depths) / (elements * kernel_size ** 2)
 
 
 def _occupancy(registers, shared, warps, target):

@@ -28,7 +28,8 @@ def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
     Differentiable once in q, k, weight and bias, backward and forward. CUDA tensors of float16, bfloat16 and float32
     with groups of up to 128 channels go through Triton kernels, others through torch, CPU tensors too
     unless ELSA_BACKEND=triton. The kernels round q * k and weight to q's dtype; two runs of theirs are bit-identical as
-    those of elsa_attention; and NaN in q or k may reach the other groups of its block of 16 channels.
+    those of elsa_attention; and NaN in q or k may reach the other groups of its block of 8 channels, and of its sample
+    pixels beside those that read it, up to 3 rows and 15 columns away (times dilation).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; the message names it.
@@ -41,9 +42,7 @@ def hadamard(q, k, weight, bias, *, scale=1.0, dilation=1):
     checks.finite_numbers(scale=scale)
     checks.same_kind(("weight", "bias"), q=q, k=k, weight=weight, bias=bias)
     _check_shapes(q, k, weight, bias)
-    padded = _padded(q, weight, dilation)
-    checks.sample_fits("q", q, padded)
-    checks.sample_fits("k", k, padded)
+    _check_size(q, k, weight, dilation)
     if q.numel() == 0 or backend.has_convolution(q, weight):
         q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
         return _maps(q, k, weight, bias, float(scale), dilation)[0]
@@ -67,11 +66,14 @@ def _check_shapes(q, k, weight, bias):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({Q},)")
 
 
-def _padded(q, weight, dilation):
-    """At most how many elements the kernels make of one block of a sample's channels, with zeros around the image."""
-    _, H, W, _ = q.shape
-    edge = weight.shape[3] // 2 * dilation
-    return (H + 2 * edge) * (W + edge) * max(16, 2 * weight.shape[1])
+def _check_size(q, k, weight, dilation):
+    """The kernels' numbers are 32-bit: of a sample's elements, of one block of its channels, of all samples' pixels."""
+    B, H, W, _ = q.shape
+    block = H * W * max(8, 2 * weight.shape[1])
+    checks.sample_fits("q", q, block)
+    checks.sample_fits("k", k, block)
+    if q.device.type != "cpu" and B * (H + dilation) * (W + dilation) >= 2 ** 31:
+        raise ValueError(f"q: got {B} samples of {H} x {W}, expected fewer than 2**31 pixels in all; split the batch")
 
 
 def _convolution(h, weight, bias, dilation):
@@ -83,7 +85,7 @@ def _convolution(h, weight, bias, dilation):
 @torch.library.custom_op("elsa::hadamard", mutates_args=())
 def _hadamard(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, scale: float,
               dilation: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(GELU(u), u)"""
+    """(GELU(u), GELU'(u))"""
     if q.numel() == 0:
         return _fake_hadamard(q, k, weight, bias, scale, dilation)
     with backend.on_device_of(q):

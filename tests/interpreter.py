@@ -2,7 +2,7 @@
 import contextlib
 from unittest import mock
 
-SAME_FOR_ALL_SAMPLES = ("p_weight", "p_bias")
+SAME_FOR_ALL_SAMPLES = ("p_weight", "p_bias", "p_dweight")
 
 
 @contextlib.contextmanager

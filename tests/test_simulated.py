@@ -29,6 +29,7 @@ HADAMARDS = {
     "swin": (dict(B=2, H=5, W=7, groups=5, width=4, k=7, dtype=torch.bfloat16), 1),
     "volo": (dict(B=1, H=6, W=5, groups=3, width=8, k=5, dtype=torch.float16), 1),
     "dilated": (dict(B=2, H=5, W=4, groups=2, width=12, k=3, dtype=torch.float32), 2),
+    "two products a row": (dict(B=1, H=3, W=9, groups=1, width=16, k=9, dtype=torch.bfloat16), 1),
 }
 
 

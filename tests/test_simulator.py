@@ -222,6 +222,11 @@ def test_arithmetic_in_16_bits():
     np.testing.assert_array_equal(got, want)
     got = each("setp.lt.bf16 %p1, {0}, {1}; selp.b16 {d}, 1, 0, %p1;", *bits[:2], result=np.uint16)
     np.testing.assert_array_equal(got, (a < b).numpy())
+    got = each("add.s16x2 {d}, {0}, {1};", *packed[:2], result=np.uint32).view(np.uint16)  # nothing is carried over
+    np.testing.assert_array_equal(got, bits[0] + bits[1])
+    for name, numbers in (("s16x2", np.int16), ("u16x2", np.uint16)):
+        got = each(f"max.{name} {{d}}, {{0}}, {{1}};", *packed[:2], result=np.uint32).view(numbers)
+        np.testing.assert_array_equal(got, np.maximum(bits[0].view(numbers), bits[1].view(numbers)))
 
 
 @pytest.mark.parametrize("name,bits,low,high", [("s32", 32, -2 ** 31, 2 ** 31 - 1), ("u32", 32, 0, 2 ** 32 - 1)])

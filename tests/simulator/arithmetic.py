@@ -12,7 +12,7 @@ def elementwise(function):
     """The instruction that computes function(a, ...) of operands in the instruction's type."""
     def execute(threads, i, mask):
         sources = i.operands[1:]
-        if i.type in ("bf16x2", "f16x2"):
+        if i.type.endswith("x2"):
             read, write = READ_16_BITS[i.type], WRITE_16_BITS[i.type]
             lows, highs = zip(*(halves(threads.lanes_of(source, np.uint32)) for source in sources))
             result = joined(write(function(*map(read, lows))), write(function(*map(read, highs))))

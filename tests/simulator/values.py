@@ -3,7 +3,7 @@ import re
 
 import numpy as np
 
-TYPE = re.compile(r"[usbf](8|16|32|64)|pred|bf16|bf16x2|f16x2|tf32")
+TYPE = re.compile(r"[usbf](8|16|32|64)|pred|bf16|(bf|f|s|u)16x2|tf32")
 UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
@@ -44,8 +44,19 @@ def to_f16(x):
     return x.astype(np.float16).view(np.uint16)
 
 
-READ_16_BITS = {"bf16": from_bf16, "f16": from_f16, "bf16x2": from_bf16, "f16x2": from_f16}
-WRITE_16_BITS = {"bf16": to_bf16, "f16": to_f16, "bf16x2": to_bf16, "f16x2": to_f16}
+def from_s16(bits):
+    """uint16 -> int16"""
+    return bits.view(np.int16)
+
+
+def to_16(x):
+    """(u)int16 -> uint16"""
+    return x.astype(np.uint16)
+
+
+READ_16_BITS = {"bf16": from_bf16, "f16": from_f16, "bf16x2": from_bf16, "f16x2": from_f16,
+                "s16x2": from_s16, "u16x2": to_16}
+WRITE_16_BITS = {"bf16": to_bf16, "f16": to_f16, "bf16x2": to_bf16, "f16x2": to_f16, "s16x2": to_16, "u16x2": to_16}
 
 
 def halves(x):
