@@ -7,6 +7,7 @@ from . import tuning
 from .aggregation_kernels import dghost_kernel, dlogits_kernel, dv_kernel, forward_kernel
 
 SPLIT_SIZE = 1024  # strips that one program of dghost_kernel sums
+INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
 MAX_BLOCK_J = 7  # taps of a row: sums for eight channels of each of seven are what a thread can hold
 
 
@@ -28,7 +29,7 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
             *args.sizes, kernel_size, *args.v_strides, *args.logits_strides, args.mul_stride, args.add_stride,
             **args.constants, **args.flags, **config)
 
-    tuning.launch("forward", args.key, candidates(args.constants["BLOCK_D"], None, 255), launch, v.device)
+    tuning.launch("forward", args.key, candidates(args.constants["BLOCK_D"], 128 if mul is None else 255, None), launch, v.device)
     return out, lse
 
 
@@ -63,13 +64,13 @@ def _dlogits(args, go, lse, logits):
     result = torch.empty_like(logits)
     dlogits = result if _pixel_strides(result) else torch.empty(logits.shape, dtype=logits.dtype, device=go.device)
     strides = _pixel_strides(dlogits)
-    flags = {name: args.flags[name] for name in ("NORMALIZE", "MUL", "ACC")}
+    flags = {name: args.flags[name] for name in ("NORMALIZE", "MUL", "ACC", "PAIRS")}
 
     def launch(**config):
         dlogits_kernel[args.grid(args.Ho, args.Wo, config)](
             args.v, go, args.logits, args.mul, lse, dlogits,
             *args.sizes, args.kernel_size, *args.v_strides, *args.logits_strides, *strides, args.mul_stride,
-            **args.constants, **flags, **config)
+            **args.constants, **flags, BLOCK_T=triton.next_power_of_2(args.kernel_size), **config)
 
     tuning.launch("dlogits", args.key, candidates(args.constants["BLOCK_D"], 255), launch, go.device)
     return result if dlogits is result else result.copy_(dlogits)
@@ -84,7 +85,7 @@ def _dghost(args, go, lse, mul, add, needs):
     blocks_per_row = triton.cdiv(kernel_size, BLOCK_J)
     shape = args.B, num_splits, kernel_size, blocks_per_row * BLOCK_J, args.C
     parts = [torch.empty(shape, dtype=args.accumulator, device=go.device) if need else args.nothing for need in needs]
-    flags = dict(args.flags, MUL=needs[0], ADD=needs[1], NARROW=args.Wo < args.constants["STRIP"])
+    flags = dict(args.flags, MUL=needs[0], ADD=needs[1])
 
     def launch(**config):
         dghost_kernel[(args.B * num_splits * kernel_size * blocks_per_row, args.G)](
@@ -141,12 +142,14 @@ class _LaunchArguments:
             # From max(H, W) on every tap beside the centre is outside; its distance has to fit into 32 bits.
             KERNEL_SIZE=kernel_size, DILATION=min(dilation, max(self.H, self.W)), STRIDE=stride,
             HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
-            STRIP=4 if dilation == stride == 1 and not double else 1,  # neighbours share pixels only when both are 1
+            # Neighbours share pixels only when both are 1; and no strip is longer than a row.
+            STRIP=4 if dilation == stride == 1 and not double and self.W >= 4 else 1,
             enable_fp_fusion=True)  # without it, the default from Triton 3.10 on, a multiply-add is two instructions
         self.flags = dict(
             ATTENTION=logits is not None, NORMALIZE=normalize and logits is not None,
             MUL=mul is not None, ADD=add is not None,
-            ACC=tl.float64 if double else tl.float32)
+            ACC=tl.float64 if double else tl.float32,
+            PAIRS=v.dtype == torch.bfloat16 and tuning.WARP_SIZE == 32 and not INTERPRETED)
         self.key = dict(
             dtype=str(v.dtype)[6:], k=kernel_size, dilation=dilation, stride=stride, heads=self.G, width=head_dim,
             pixels=triton.next_power_of_2(max(1, self.Ho * self.Wo)),
