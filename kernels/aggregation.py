@@ -6,7 +6,7 @@ import triton.language as tl
 from . import tuning
 from .aggregation_kernels import dghost_kernel, dlogits_kernel, dv_kernel, forward_kernel
 
-SPLIT_SIZE = 1024  # strips that one program of dghost_kernel sums
+SPLIT_SIZE = 512  # strips that one program of dghost_kernel sums
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
 MAX_BLOCK_J = 7  # taps of a row: sums for eight channels of each of seven are what a thread can hold
 
@@ -29,7 +29,7 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
             *args.sizes, kernel_size, *args.v_strides, *args.logits_strides, args.mul_stride, args.add_stride,
             **args.constants, **args.flags, **config)
 
-    tuning.launch("forward", args.key, candidates(args.constants["BLOCK_D"], 128 if mul is None else 255, None), launch, v.device)
+    tuning.launch("forward", args.key, args.candidates(args.Ho, args.Wo, 128 if mul is None else 255, None), launch, v.device)
     return out, lse
 
 
@@ -56,7 +56,7 @@ def _dv(args, go, lse):
             *args.sizes, args.kernel_size, *args.logits_strides, args.mul_stride, args.add_stride,
             **args.constants, **args.flags, **config)
 
-    tuning.launch("dv", args.key, candidates(args.constants["BLOCK_D"], None), launch, go.device)
+    tuning.launch("dv", args.key, args.candidates(args.H, args.W, None), launch, go.device)
     return dv
 
 
@@ -72,33 +72,36 @@ def _dlogits(args, go, lse, logits):
             *args.sizes, args.kernel_size, *args.v_strides, *args.logits_strides, *strides, args.mul_stride,
             **args.constants, **flags, BLOCK_T=triton.next_power_of_2(args.kernel_size), **config)
 
-    tuning.launch("dlogits", args.key, candidates(args.constants["BLOCK_D"], 255), launch, go.device)
+    tuning.launch("dlogits", args.key, args.candidates(args.Ho, args.Wo, 255), launch, go.device)
     return result if dlogits is result else result.copy_(dlogits)
 
 
 def _dghost(args, go, lse, mul, add, needs):
     kernel_size = args.kernel_size
-    strips = args.Ho * triton.cdiv(args.Wo, args.constants["STRIP"])
-    num_splits = triton.cdiv(strips, SPLIT_SIZE)
-    split_size = triton.cdiv(strips, num_splits)
+    per_sample = args.strips(args.Ho, args.Wo)
+    static = all(ghost is None or ghost.ndim == 3 for need, ghost in zip(needs, (mul, add)) if need)
+    num_samples = min(args.B, max(1, SPLIT_SIZE // per_sample)) if static else 1
+    num_splits = triton.cdiv(num_samples * per_sample, SPLIT_SIZE)
+    split_size = triton.cdiv(num_samples * per_sample, num_splits)
+    groups = triton.cdiv(args.B, num_samples)
     BLOCK_J = triton.cdiv(kernel_size, triton.cdiv(kernel_size, MAX_BLOCK_J))
     blocks_per_row = triton.cdiv(kernel_size, BLOCK_J)
-    shape = args.B, num_splits, kernel_size, blocks_per_row * BLOCK_J, args.C
+    shape = groups, num_splits, kernel_size, blocks_per_row * BLOCK_J, args.C
     parts = [torch.empty(shape, dtype=args.accumulator, device=go.device) if need else args.nothing for need in needs]
     flags = dict(args.flags, MUL=needs[0], ADD=needs[1])
 
     def launch(**config):
-        dghost_kernel[(args.B * num_splits * kernel_size * blocks_per_row, args.G)](
+        dghost_kernel[(groups * num_splits * kernel_size * blocks_per_row, args.G)](
             args.v, go, args.logits, lse, *parts,
-            *args.sizes, split_size, num_splits, *args.v_strides, *args.logits_strides,
+            *args.sizes, args.B, num_samples, split_size, num_splits, *args.v_strides, *args.logits_strides,
             **args.constants, **flags, BLOCK_J=BLOCK_J, **config)
 
-    configs = tuning.for_sums_over_pixels(candidates(args.constants["BLOCK_D"], 255))
+    configs = tuning.for_sums_over_pixels(candidates(args.constants["BLOCK_D"], num_samples * per_sample, 255))
     tuning.launch("dghost", args.key, configs, launch, go.device)
     grads = []
     for need, part, ghost in zip(needs, parts, (mul, add)):
         if need:
-            # (B, num_splits, kernel_size, kernel_size.., C) -> (C, kernel_size, kernel_size), with a B where it had one
+            # (groups, num_splits, kernel_size, kernel_size.., C) -> (C, kernel_size, kernel_size), with a B where it had one
             grad = part[:, :, :, :kernel_size].sum((0, 1) if ghost.ndim == 3 else 1)
             grads.append(grad.movedim(-1, -3).contiguous().to(ghost.dtype))
         else:
@@ -106,15 +109,16 @@ def _dghost(args, go, lse, mul, add, needs):
     return grads
 
 
-def candidates(BLOCK_D, *limits):
-    """Of the tuner; the first is taken where nothing can be measured.
+def candidates(BLOCK_D, strips, *limits):
+    """Of the tuner; the first is taken where nothing can be measured, the one that fills the most of its programs.
 
     A thread has eight channels of one strip, which are one 16-byte load of 16-bit values.
-    limits: of registers a thread, see :func:`kernels.tuning.registers`.
+    strips: of a sample. limits: of registers a thread, see :func:`kernels.tuning.registers`.
     """
-    return [
-        dict(BLOCK_S=max(1, 8 * threads // BLOCK_D), num_warps=threads // tuning.WARP_SIZE, **tuning.registers(limit))
-        for threads in (128, 64) for limit in limits]
+    tiles = [(max(1, 8 * threads // BLOCK_D), threads // tuning.WARP_SIZE) for threads in (128, 64)]
+    tiles.sort(key=lambda tile: triton.cdiv(strips, tile[0]) * tile[0])
+    return [dict(BLOCK_S=BLOCK_S, num_warps=num_warps, **tuning.registers(limit))
+            for BLOCK_S, num_warps in tiles for limit in limits]
 
 
 class _LaunchArguments:
@@ -156,8 +160,14 @@ class _LaunchArguments:
             mul=mul is not None, add=add is not None, attn=logits is not None,
             channels_first=self.logits_strides[2] == 1)
 
+    def strips(self, H, W):
+        return H * triton.cdiv(W, self.constants["STRIP"])
+
+    def candidates(self, H, W, *limits):
+        return candidates(self.constants["BLOCK_D"], self.strips(H, W), *limits)
+
     def grid(self, H, W, config):
-        return self.B * triton.cdiv(H * triton.cdiv(W, self.constants["STRIP"]), config["BLOCK_S"]), self.G
+        return self.B * triton.cdiv(self.strips(H, W), config["BLOCK_S"]), self.G
 
     def _taps_first(self, ghost):
         """(..., C, kernel_size, kernel_size) -> (..., K, C), and the stride from sample to sample.

@@ -218,58 +218,63 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
 
 @triton.jit
 def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
-                  H, W, Ho, Wo, G, split_size, num_splits, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp,
+                  H, W, Ho, Wo, G, B, num_samples, split_size, num_splits, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp,
                   KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
                   HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr,
                   MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr,
                   STRIP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Partial dmul and dadd, (B * num_splits, KERNEL_SIZE, KERNEL_SIZE rounded up to blocks of BLOCK_J, C).
+    """Partial dmul and dadd, (groups * num_splits, KERNEL_SIZE, KERNEL_SIZE rounded up to blocks of BLOCK_J, C).
 
         a[t]    = as in the forward pass                               for each b, g and output pixel (y, x)
         dmul[t] = sum over (y, x) of a[t] * go[y, x] * v(tap t)        (K, HEAD_DIM), of head g
         dadd[t] = sum over (y, x) of go[y, x] * v(tap t)               (K, HEAD_DIM), of head g
 
-    A program sums BLOCK_J neighbouring taps of a row over the split_size strips of one split of a sample. The programs
-    of one split follow each other, so that what the first reads of v and of go the others find in the cache.
+    A program sums BLOCK_J neighbouring taps of a row over the split_size strips of one split of a group of num_samples
+    samples: one sample of which each has filters of its own; several if they are small, since the sum over a program's
+    threads costs the same however much they have summed. The programs of one split follow each other, so that what the
+    first reads of v and of go the others find in the cache.
     Pixels that a strip does not count have a product of 0, or of NaN, which the strip that counts them has, too.
     """
     blocks_per_row: tl.constexpr = (KERNEL_SIZE + BLOCK_J - 1) // BLOCK_J
-    split = tl.program_id(0) // (KERNEL_SIZE * blocks_per_row)  # of all samples
+    split = tl.program_id(0) // (KERNEL_SIZE * blocks_per_row)  # of all groups
     block = tl.program_id(0) % (KERNEL_SIZE * blocks_per_row)  # a row of taps, or a part of one
     i, first_j = block // blocks_per_row, block % blocks_per_row * BLOCK_J
-    b = (split // num_splits).to(tl.int64)
+    first_b = split // num_splits * num_samples
     g = tl.program_id(1)
     per_row = (Wo + STRIP - 1) // STRIP
+    per_sample = Ho * per_row
     first = split % num_splits * split_size
-    last = tl.minimum(first + split_size, Ho * per_row)
+    last = tl.minimum(first + split_size, tl.minimum(num_samples, B - first_b) * per_sample)
     o_d = tl.arange(0, BLOCK_D)
     m_d = None if HEAD_DIM == BLOCK_D else o_d < HEAD_DIM
     C = G * HEAD_DIM
 
-    p_v += b * s_vb + g * HEAD_DIM
-    p_go += b * Ho * Wo * C + g * HEAD_DIM
-    p_logits += b * s_lb + (g * (KERNEL_SIZE * KERNEL_SIZE) + i * KERNEL_SIZE) * s_lc
-    p_lse += (b * G + g) * (2 * Ho * Wo)
+    p_v += g * HEAD_DIM
+    p_go += g * HEAD_DIM
+    p_logits += (g * (KERNEL_SIZE * KERNEL_SIZE) + i * KERNEL_SIZE) * s_lc
     b_dmul, b_dadd = (), ()
     for j in tl.static_range(BLOCK_J):
         b_dmul = b_dmul + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
         b_dadd = b_dadd + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
     for start in range(first, last, BLOCK_S):
         o_s = start + tl.arange(0, BLOCK_S)
+        m_s = o_s < last
+        b = (first_b + o_s // per_sample).to(tl.int64)  # [BLOCK_S], as all that follows
+        o_s = o_s % per_sample
         o_y, o_new = o_s // per_row, o_s % per_row * STRIP
         o_x = tl.minimum(o_new, Wo - STRIP)
         o_p = o_y * Wo + o_x
-        p_v_column, m_y = row_of_window(p_v, o_y, o_x, o_d, i, H, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
+        p_v_column, m_y = row_of_window(p_v + b * s_vb, o_y, o_x, o_d, i, H, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
         p_v_column += first_j * DILATION * s_vx
-        m_y &= o_s < last
+        m_y &= m_s
         m_p, b_go, b_max, b_log = (), (), (), ()
         for p in tl.static_range(STRIP):
-            m = (o_s < last) & (o_x + p >= o_new)
+            m = m_s & (o_x + p >= o_new)
             m_p = m_p + (m,)
-            p_g = (p_go + (o_p + p) * C)[:, None] + o_d[None, :]
+            p_g = (p_go + b * Ho * Wo * C + (o_p + p) * C)[:, None] + o_d[None, :]
             b_go = b_go + (load_channels(p_g, m, m_d, ACC, PAIRS),)
             if MUL and NORMALIZE:
-                b_m, b_l = load_log_sum_exp(p_lse + o_p + p, Ho * Wo, m)
+                b_m, b_l = load_log_sum_exp(p_lse + (b * G + g) * (2 * Ho * Wo) + o_p + p, Ho * Wo, m)
                 b_max, b_log = b_max + (b_m,), b_log + (b_l,)
             else:
                 b_max, b_log = b_max + (0.0,), b_log + (0.0,)
@@ -283,7 +288,7 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
                         b_sum = b_dadd[column - p] + b_product
                         b_dadd = b_dadd[:column - p] + (b_sum,) + b_dadd[column - p + 1:]
                     if MUL:
-                        p_l = p_logits + (o_p + p) * s_lp + tl.minimum(first_j + column - p, KERNEL_SIZE - 1) * s_lc
+                        p_l = p_logits + b * s_lb + (o_p + p) * s_lp + tl.minimum(first_j + column - p, KERNEL_SIZE - 1) * s_lc
                         b_a = load_attention(p_l, m_p[p], b_max[p], b_log[p], NORMALIZE, ACC)
                         # [BLOCK_S, BLOCK_D] * [BLOCK_S, 1] -> [BLOCK_S, BLOCK_D]
                         b_sum = b_dmul[column - p] + b_product * b_a[:, None]
