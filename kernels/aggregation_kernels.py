@@ -13,6 +13,7 @@ import triton.language as tl
 from .window import (
     both,
     columns,
+    inside,
     load_attention,
     load_channels,
     load_filter,
@@ -101,11 +102,10 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
         b_dv = b_dv + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
     for i in range(num_rows):
         o_out_y = o_y - (i - KERNEL_SIZE // 2) * DILATION
-        m_y = o_out_y >= 0
+        m_y = inside(o_out_y // STRIDE, Ho)
         if STRIDE > 1:
             m_y &= o_out_y % STRIDE == 0
             o_out_y = o_out_y // STRIDE
-        m_y &= o_out_y < Ho
         # The window; these tiles leave it before they are used.
         b_go, b_max, m_out = (b_dv[0],), (tl.zeros([BLOCK_S], dtype=ACC),), (m_y,)
         b_log = b_max
@@ -115,13 +115,12 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
                                       o_d, C, s_lp)
         for column in tl.static_range(STRIP - 1 + KERNEL_SIZE):
             o_out_x = o_x + (column - KERNEL_SIZE // 2) * DILATION
-            m_new = m_y & (o_out_x >= 0)
+            m_new = m_y & inside(o_out_x // STRIDE, Wo)
             if STRIDE > 1:  # and STRIP 1
                 m_new &= o_out_x % STRIDE == 0
                 o_out_x = o_out_x // STRIDE
                 p_g, p_s, p_l = reading_pixel(p_go, p_lse, p_logits + (t - column) * s_lc, o_out_y * Wo + o_out_x,
                                               o_d, C, s_lp)
-            m_new &= o_out_x < Wo
             b_go, m_out = b_go + (load_channels(p_g, m_new, m_d, ACC, PAIRS),), m_out + (m_new,)
             if NORMALIZE:
                 b_m, b_l = load_log_sum_exp(p_s, Ho * Wo, m_new)

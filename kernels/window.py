@@ -44,6 +44,12 @@ def both(m_p, m_d):
 
 
 @triton.jit
+def inside(o, size):
+    """0 <= o < size, in one comparison: as unsigned numbers, those below 0 are large."""
+    return o.to(tl.uint32) < size
+
+
+@triton.jit
 def load_channels(p, m_p, m_d, ACC: tl.constexpr, PAIRS: tl.constexpr):
     """[BLOCK_S, BLOCK_D] in ACC.
 
@@ -69,8 +75,13 @@ def sum_over_taps(b_out, p_v, p_logits, p_mul, p_add, b_max, b_log, o_y, o_x, o_
     A window of STRIP pixels of v advances by one pixel a tap: so a pixel is loaded and converted once for up to STRIP
     taps, and so is a filter.
     """
+    o_vy = o_y * STRIDE - KERNEL_SIZE // 2 * DILATION
+    o_vx = o_x * STRIDE - KERNEL_SIZE // 2 * DILATION
+    p_row = (p_v + o_vy * s_vy + o_vx * s_vx)[:, None] + o_d[None, :]
     for i in range(num_rows):
-        p_v_column, m_y = row_of_window(p_v, o_y, o_x, o_d, i, H, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
+        p_v_column, m_y = p_row, inside(o_vy, H)
+        p_row += DILATION * s_vy
+        o_vy += DILATION
         b_v = (b_out[0],)  # this tile leaves the window before it is used
         for column in tl.static_range(STRIP - 1 + KERNEL_SIZE):
             b_v = b_v + (load_pixel(p_v_column, o_x * STRIDE, column - KERNEL_SIZE // 2, DILATION, W, m_y, m_d, ACC, PAIRS),)
@@ -95,14 +106,14 @@ def row_of_window(p_v, o_y, o_x, o_d, i, H, s_vy, s_vx,
     """Pointers [BLOCK_S, BLOCK_D] to the first column of row i of the window; is there such a row?"""
     o_vy = o_y * STRIDE + (i - KERNEL_SIZE // 2) * DILATION
     o_vx = o_x * STRIDE - KERNEL_SIZE // 2 * DILATION
-    return (p_v + o_vy * s_vy + o_vx * s_vx)[:, None] + o_d[None, :], (o_vy >= 0) & (o_vy < H)
+    return (p_v + o_vy * s_vy + o_vx * s_vx)[:, None] + o_d[None, :], inside(o_vy, H)
 
 
 @triton.jit
 def load_pixel(p_column, o_x, column, DILATION: tl.constexpr, W, m_y, m_d, ACC: tl.constexpr, PAIRS: tl.constexpr):
     """What p_column points to, [BLOCK_S, BLOCK_D]: the pixel `column` steps of DILATION from o_x of each strip."""
     o_vx = o_x + column * DILATION
-    return load_channels(p_column, m_y & (o_vx >= 0) & (o_vx < W), m_d, ACC, PAIRS)
+    return load_channels(p_column, m_y & inside(o_vx, W), m_d, ACC, PAIRS)
 
 
 @triton.jit
