@@ -6,6 +6,7 @@ import triton.language as tl
 from . import tuning
 from .aggregation_kernels import dghost_kernel, dlogits_kernel, dv_kernel, forward_kernel
 
+GROUP_SIZE = 4096  # pixels of several small samples that programs share
 SPLIT_SIZE = 512  # strips that one program of dghost_kernel sums
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
 MAX_BLOCK_J = 7  # taps of a row: sums for eight channels of each of seven are what a thread can hold
@@ -78,12 +79,10 @@ def _dlogits(args, go, lse, logits):
 
 def _dghost(args, go, lse, mul, add, needs):
     kernel_size = args.kernel_size
-    per_sample = args.strips(args.Ho, args.Wo)
-    static = all(ghost is None or ghost.ndim == 3 for need, ghost in zip(needs, (mul, add)) if need)
-    num_samples = min(args.B, max(1, SPLIT_SIZE // per_sample)) if static else 1
-    num_splits = triton.cdiv(num_samples * per_sample, SPLIT_SIZE)
-    split_size = triton.cdiv(num_samples * per_sample, num_splits)
-    groups = triton.cdiv(args.B, num_samples)
+    strips = args.strips(args.Ho, args.Wo)
+    num_splits = triton.cdiv(strips, SPLIT_SIZE)
+    split_size = triton.cdiv(strips, num_splits)
+    groups = triton.cdiv(args.B, args.num_samples)
     BLOCK_J = triton.cdiv(kernel_size, triton.cdiv(kernel_size, MAX_BLOCK_J))
     blocks_per_row = triton.cdiv(kernel_size, BLOCK_J)
     shape = groups, num_splits, kernel_size, blocks_per_row * BLOCK_J, args.C
@@ -93,10 +92,10 @@ def _dghost(args, go, lse, mul, add, needs):
     def launch(**config):
         dghost_kernel[(groups * num_splits * kernel_size * blocks_per_row, args.G)](
             args.v, go, args.logits, lse, *parts,
-            *args.sizes, args.B, num_samples, split_size, num_splits, *args.v_strides, *args.logits_strides,
+            *args.sizes, split_size, num_splits, *args.v_strides, *args.logits_strides,
             **args.constants, **flags, BLOCK_J=BLOCK_J, **config)
 
-    configs = tuning.for_sums_over_pixels(candidates(args.constants["BLOCK_D"], num_samples * per_sample, 255))
+    configs = tuning.for_sums_over_pixels(candidates(args.constants["BLOCK_D"], strips, 255))
     tuning.launch("dghost", args.key, configs, launch, go.device)
     grads = []
     for need, part, ghost in zip(needs, parts, (mul, add)):
@@ -113,7 +112,7 @@ def candidates(BLOCK_D, strips, *limits):
     """Of the tuner; the first is taken where nothing can be measured, the one that fills the most of its programs.
 
     A thread has eight channels of one strip, which are one 16-byte load of 16-bit values.
-    strips: of a sample. limits: of registers a thread, see :func:`kernels.tuning.registers`.
+    strips: of a group of samples. limits: of registers a thread, see :func:`kernels.tuning.registers`.
     """
     tiles = [(max(1, 8 * threads // BLOCK_D), threads // tuning.WARP_SIZE) for threads in (128, 64)]
     tiles.sort(key=lambda tile: triton.cdiv(strips, tile[0]) * tile[0])
@@ -129,7 +128,6 @@ class _LaunchArguments:
         self.kernel_size = kernel_size
         self.Ho, self.Wo = self.H // stride, self.W // stride
         self.G = 1 if logits is None else logits.shape[1] // kernel_size ** 2
-        self.sizes = (self.H, self.W, self.Ho, self.Wo, self.G)
         double = v.dtype == torch.float64
         self.accumulator = torch.float64 if double else torch.float32
         self.nothing = torch.empty(0, dtype=self.accumulator, device=v.device)
@@ -149,6 +147,10 @@ class _LaunchArguments:
             # Neighbours share pixels only when both are 1; and no strip is longer than a row.
             STRIP=4 if dilation == stride == 1 and not double and self.W >= 4 else 1,
             enable_fp_fusion=True)  # without it, the default from Triton 3.10 on, a multiply-add is two instructions
+        # Small samples share programs, unless each has filters of its own.
+        static = all(ghost is None or ghost.ndim == 3 for ghost in (mul, add))
+        self.num_samples = min(self.B, max(1, GROUP_SIZE // (self.Ho * self.Wo))) if static else 1
+        self.sizes = (self.B, self.num_samples, self.H, self.W, self.Ho, self.Wo, self.G)
         self.flags = dict(
             ATTENTION=logits is not None, NORMALIZE=normalize and logits is not None,
             MUL=mul is not None, ADD=add is not None,
@@ -161,13 +163,14 @@ class _LaunchArguments:
             channels_first=self.logits_strides[2] == 1)
 
     def strips(self, H, W):
-        return H * triton.cdiv(W, self.constants["STRIP"])
+        """Of a group of samples."""
+        return self.num_samples * H * triton.cdiv(W, self.constants["STRIP"])
 
     def candidates(self, H, W, *limits):
         return candidates(self.constants["BLOCK_D"], self.strips(H, W), *limits)
 
     def grid(self, H, W, config):
-        return self.B * triton.cdiv(self.strips(H, W), config["BLOCK_S"]), self.G
+        return triton.cdiv(self.B, self.num_samples) * triton.cdiv(self.strips(H, W), config["BLOCK_S"]), self.G
 
     def _taps_first(self, ghost):
         """(..., C, kernel_size, kernel_size) -> (..., K, C), and the stride from sample to sample.

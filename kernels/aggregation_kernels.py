@@ -30,7 +30,7 @@ from .window import (
 
 @triton.jit
 def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
-                   H, W, Ho, Wo, G, num_rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_mul, s_add,
+                   B, num_samples, H, W, Ho, Wo, G, num_rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_mul, s_add,
                    KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
                    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr,
                    MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr,
@@ -43,13 +43,14 @@ def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
         f[t]   = a[t] * mul[t] + add[t]                                        (K, HEAD_DIM), of head g
         out    = sum over t = (i, j) of f[t] * v[b, y * STRIDE + (i-r) * DILATION, x * STRIDE + (j-r) * DILATION, g]
     """
-    b, g, o_y, o_x, o_new = strips(Ho, Wo, STRIP, BLOCK_S, False)
+    first_b, b, o_y, o_x, o_new = strips(B, num_samples, Ho, Wo, STRIP, BLOCK_S, False)
+    g = tl.program_id(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = None if HEAD_DIM == BLOCK_D else o_d < HEAD_DIM
     o_p = o_y * Wo + o_x  # of each strip's first pixel
     C = G * HEAD_DIM
 
-    p_logits += b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc
+    p_logits += g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc
     b_max = ()
     b_out = ()
     for p in tl.static_range(STRIP):
@@ -57,24 +58,24 @@ def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
         b_max = b_max + (tl.zeros([BLOCK_S], dtype=ACC),)
     b_log = b_max
     if NORMALIZE:
-        p_lse += (b * G + g) * (2 * Ho * Wo)
-        b_max, b_log = log_sum_exp(p_logits, s_lc, s_lp, p_lse, Ho, Wo, num_rows, KERNEL_SIZE, STRIP, BLOCK_S, ACC)
+        b_max, b_log = log_sum_exp(p_logits, p_lse, B, num_samples, Ho, Wo, G, num_rows, s_lb, s_lc, s_lp,
+                                   KERNEL_SIZE, STRIP, BLOCK_S, ACC)
 
-    p_l = p_logits + o_p * s_lp  # [BLOCK_S]
+    p_l = p_logits + b * s_lb + o_p * s_lp  # [BLOCK_S]
     p_v += b * s_vb + g * HEAD_DIM
-    p_mul += b * s_mul + g * HEAD_DIM + o_d
-    p_add += b * s_add + g * HEAD_DIM + o_d
+    p_mul += first_b * s_mul + g * HEAD_DIM + o_d
+    p_add += first_b * s_add + g * HEAD_DIM + o_d
     b_out = sum_over_taps(b_out, p_v, p_l, p_mul, p_add, b_max, b_log, o_y, o_x, o_d, m_d, H, W, C, num_rows,
                           s_vy, s_vx, s_lc, s_lp,
                           KERNEL_SIZE, DILATION, STRIDE, ATTENTION, NORMALIZE, MUL, ADD, ACC, PAIRS, STRIP)
     for p in tl.static_range(STRIP):
-        p_o = (p_out + b * Ho * Wo * C + g * HEAD_DIM + (o_p + p) * C)[:, None] + o_d[None, :]
+        p_o = (p_out + b * (Ho * Wo * C) + g * HEAD_DIM + (o_p + p) * C)[:, None] + o_d[None, :]
         tl.store(p_o, b_out[p], mask=both(o_x + p >= o_new, m_d))
 
 
 @triton.jit
 def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
-              H, W, Ho, Wo, G, num_rows, s_lb, s_lc, s_lp, s_mul, s_add,
+              B, num_samples, H, W, Ho, Wo, G, num_rows, s_lb, s_lc, s_lp, s_mul, s_add,
               KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
               HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr,
               MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr,
@@ -87,7 +88,8 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
 
     The window is that of the forward pass, mirrored: from left to right its pixels read (y, x) as the last tap first.
     """
-    b, g, o_y, o_x, o_new = strips(H, W, STRIP, BLOCK_S, False)
+    first_b, b, o_y, o_x, o_new = strips(B, num_samples, H, W, STRIP, BLOCK_S, False)
+    g = tl.program_id(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = None if HEAD_DIM == BLOCK_D else o_d < HEAD_DIM
     C = G * HEAD_DIM
@@ -95,8 +97,8 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
     p_logits += b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc
     p_lse += (b * G + g) * (2 * Ho * Wo)
     p_go += b * Ho * Wo * C + g * HEAD_DIM
-    p_mul += b * s_mul + g * HEAD_DIM + o_d
-    p_add += b * s_add + g * HEAD_DIM + o_d
+    p_mul += first_b * s_mul + g * HEAD_DIM + o_d
+    p_add += first_b * s_add + g * HEAD_DIM + o_d
     b_dv = ()
     for p in tl.static_range(STRIP):
         b_dv = b_dv + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
@@ -144,7 +146,7 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
 
 @triton.jit
 def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
-                   H, W, Ho, Wo, G, num_rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_db, s_dc, s_dp, s_mul,
+                   B, num_samples, H, W, Ho, Wo, G, num_rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_db, s_dc, s_dp, s_mul,
                    KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
                    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
                    MUL: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr,
@@ -158,14 +160,15 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
 
     So a first walk over the taps, for inner, needs one multiply-add per tap and channel and no reduction.
     """
-    b, g, o_y, o_x, o_new = strips(Ho, Wo, STRIP, BLOCK_S, False)
+    first_b, b, o_y, o_x, o_new = strips(B, num_samples, Ho, Wo, STRIP, BLOCK_S, False)
+    g = tl.program_id(1)
     o_d = tl.arange(0, BLOCK_D)
     m_d = None if HEAD_DIM == BLOCK_D else o_d < HEAD_DIM
     o_p = o_y * Wo + o_x
     C = G * HEAD_DIM
 
     p_v += b * s_vb + g * HEAD_DIM
-    p_mul += b * s_mul + g * HEAD_DIM + o_d
+    p_mul += first_b * s_mul + g * HEAD_DIM + o_d
     o_slot = tl.arange(0, STRIP * BLOCK_T)  # pixel o_slot // BLOCK_T of a strip and tap o_slot % BLOCK_T of a row
     b_go, b_da = (), ()
     for p in tl.static_range(STRIP):
@@ -192,7 +195,7 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
         for row in tl.static_range(KERNEL_SIZE):
             b_da = b_da[:row] + (tl.where(i == row, b_row, b_da[row]),) + b_da[row + 1:]
 
-    _, _, o_y, o_x, o_new = strips(Ho, Wo, STRIP, BLOCK_S, True)
+    _, b, o_y, o_x, o_new = strips(B, num_samples, Ho, Wo, STRIP, BLOCK_S, True)
     o_p = o_y * Wo + o_x
     p_l = p_logits + b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc + o_p * s_lp
     p_dl = p_dlogits + b * s_db + g * (KERNEL_SIZE * KERNEL_SIZE) * s_dc + o_p * s_dp
@@ -217,7 +220,7 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
 
 @triton.jit
 def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
-                  H, W, Ho, Wo, G, B, num_samples, split_size, num_splits, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp,
+                  B, num_samples, H, W, Ho, Wo, G, split_size, num_splits, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp,
                   KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
                   HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr,
                   MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr,

@@ -12,25 +12,28 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp2 takes fewer instructions than e
 
 
 @triton.jit
-def strips(H, W, STRIP: tl.constexpr, BLOCK_S: tl.constexpr, EVERY_PIXEL: tl.constexpr):
-    """The program's sample and head; rows and columns of each strip's first pixel, and of the first one that counts,
-    all [BLOCK_S]; behind the last strip none counts.
+def strips(B, num_samples, H, W, STRIP: tl.constexpr, BLOCK_S: tl.constexpr, EVERY_PIXEL: tl.constexpr):
+    """The first sample of the program's group of num_samples; of each of its strips the sample, row and column of the
+    first pixel, and the column of the first one that counts, [BLOCK_S]; none counts behind the group's last strip.
 
-    With EVERY_PIXEL rows and columns of all pixels, and the first that counts, all [BLOCK_S * STRIP].
+    With EVERY_PIXEL of all pixels, [BLOCK_S * STRIP].
     """
     per_row = (W + STRIP - 1) // STRIP
-    num_tiles = (H * per_row + BLOCK_S - 1) // BLOCK_S
-    first = tl.program_id(0) % num_tiles * BLOCK_S
-    b = (tl.program_id(0) // num_tiles).to(tl.int64)
+    per_sample = H * per_row
+    num_tiles = (num_samples * per_sample + BLOCK_S - 1) // BLOCK_S
+    first_b = tl.program_id(0) // num_tiles * num_samples
+    last = tl.minimum(num_samples, B - first_b) * per_sample - 1
     o_p = tl.arange(0, BLOCK_S * STRIP if EVERY_PIXEL else BLOCK_S)
-    o_s = first + (o_p // STRIP if EVERY_PIXEL else o_p)
-    last = H * per_row - 1
-    o_new = tl.where(o_s <= last, o_s % per_row * STRIP, W)
+    o_s = tl.program_id(0) % num_tiles * BLOCK_S + (o_p // STRIP if EVERY_PIXEL else o_p)
+    m_s = o_s <= last
     o_s = tl.minimum(o_s, last)
-    o_y, o_x = o_s // per_row, tl.minimum(o_s % per_row * STRIP, W - STRIP)
+    b = (first_b + o_s // per_sample).to(tl.int64)
+    o_s = o_s % per_sample
+    o_y, o_new = o_s // per_row, o_s % per_row * STRIP
+    o_x = tl.minimum(o_new, W - STRIP)
     if EVERY_PIXEL:
         o_x += o_p % STRIP
-    return b, tl.program_id(1), o_y, o_x, o_new
+    return first_b.to(tl.int64), b, o_y, o_x, tl.where(m_s, o_new, W)
 
 
 @triton.jit
@@ -123,14 +126,15 @@ def reading_pixel(p_go, p_lse, p_logits, o_out, o_d, C, s_lp):
 
 
 @triton.jit
-def log_sum_exp(p_logits, s_lc, s_lp, p_lse, Ho, Wo, num_rows,
+def log_sum_exp(p_logits, p_lse, B, num_samples, Ho, Wo, G, num_rows, s_lb, s_lc, s_lp,
                 KERNEL_SIZE: tl.constexpr, STRIP: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr):
     """The largest logit of each pixel and log2(sum_t exp(logits[t] - largest)): stored, and STRIP tiles [BLOCK_S] each.
 
     Row by row with a running maximum. As one number, their sum, they would lose the logarithm beside a large logit.
     """
-    _, _, o_y, o_x, o_new = strips(Ho, Wo, STRIP, BLOCK_S, True)  # every pixel, so that no two threads take the same
-    p_row = p_logits + (o_y * Wo + o_x) * s_lp
+    # Every pixel, so that no two threads take the same one.
+    _, b, o_y, o_x, o_new = strips(B, num_samples, Ho, Wo, STRIP, BLOCK_S, True)
+    p_row = p_logits + b * s_lb + (o_y * Wo + o_x) * s_lp
     b_max = tl.full([BLOCK_S * STRIP], -float("inf"), dtype=ACC)
     b_sum = tl.zeros([BLOCK_S * STRIP], dtype=ACC)
     for i in range(num_rows):
@@ -147,7 +151,7 @@ def log_sum_exp(p_logits, s_lc, s_lp, p_lse, Ho, Wo, num_rows,
         b_max = b_new
         p_row += KERNEL_SIZE * s_lc
     b_log = -tl.log2(b_sum)
-    p_lse += o_y * Wo + o_x
+    p_lse += (b * G + tl.program_id(1)) * (2 * Ho * Wo) + o_y * Wo + o_x
     tl.store(p_lse, b_max, mask=o_x >= o_new)
     tl.store(p_lse + Ho * Wo, b_log, mask=o_x >= o_new)
     return columns(tl.reshape(b_max, [BLOCK_S, STRIP]), STRIP), columns(tl.reshape(b_log, [BLOCK_S, STRIP]), STRIP)
