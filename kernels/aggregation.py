@@ -95,12 +95,13 @@ def _dghost(args, go, lse, mul, add, needs):
             *args.sizes, split_size, num_splits, *args.v_strides, *args.logits_strides,
             **args.constants, **flags, BLOCK_J=BLOCK_J, **config)
 
-    configs = tuning.for_sums_over_pixels(candidates(args.constants["BLOCK_D"], strips, 255))
+    configs = tuning.for_sums_over_pixels(args.candidates(args.Ho, args.Wo, 255))
     tuning.launch("dghost", args.key, configs, launch, go.device)
     grads = []
     for need, part, ghost in zip(needs, parts, (mul, add)):
         if need:
-            # (groups, num_splits, kernel_size, kernel_size.., C) -> (C, kernel_size, kernel_size), with a B where it had one
+            # (groups, num_splits, kernel_size, kernel_size.., C) -> (C, kernel_size, kernel_size), before it the groups
+            # where each is a sample with a filter of its own
             grad = part[:, :, :, :kernel_size].sum((0, 1) if ghost.ndim == 3 else 1)
             grads.append(grad.movedim(-1, -3).contiguous().to(ghost.dtype))
         else:
@@ -108,13 +109,13 @@ def _dghost(args, go, lse, mul, add, needs):
     return grads
 
 
-def candidates(BLOCK_D, strips, *limits):
+def candidates(per_thread, BLOCK_D, strips, *limits):
     """Of the tuner; the first is taken where nothing can be measured, the one that fills the most of its programs.
 
-    A thread has eight channels of one strip, which are one 16-byte load of 16-bit values.
-    strips: of a group of samples. limits: of registers a thread, see :func:`kernels.tuning.registers`.
+    per_thread: channels of one strip that a thread has. strips: of a group of samples. limits: of registers a thread,
+    see :func:`kernels.tuning.registers`.
     """
-    tiles = [(max(1, 8 * threads // BLOCK_D), threads // tuning.WARP_SIZE) for threads in (128, 64)]
+    tiles = [(max(1, per_thread * threads // BLOCK_D), threads // tuning.WARP_SIZE) for threads in (128, 64)]
     tiles.sort(key=lambda tile: triton.cdiv(strips, tile[0]) * tile[0])
     return [dict(BLOCK_S=BLOCK_S, num_warps=num_warps, **tuning.registers(limit))
             for BLOCK_S, num_warps in tiles for limit in limits]
@@ -167,7 +168,9 @@ class _LaunchArguments:
         return self.num_samples * H * triton.cdiv(W, self.constants["STRIP"])
 
     def candidates(self, H, W, *limits):
-        return candidates(self.constants["BLOCK_D"], self.strips(H, W), *limits)
+        # Eight channels are one 16-byte load of 16-bit values; as many sums of float64 would not fit into registers.
+        per_thread = 4 if self.accumulator == torch.float64 else 8
+        return candidates(per_thread, self.constants["BLOCK_D"], self.strips(H, W), *limits)
 
     def grid(self, H, W, config):
         return triton.cdiv(self.B, self.num_samples) * triton.cdiv(self.strips(H, W), config["BLOCK_S"]), self.G

@@ -1,6 +1,6 @@
 """ELSA's aggregation in Triton: one forward kernel, three backward kernels; aggregation.py launches them.
 
-A program computes BLOCK_S strips of one head of one sample. It walks over the rows of the window in a loop and over its
+A program computes BLOCK_S strips of one head. It walks over the rows of the window in a loop and over its
 columns unrolled, see window.py. Sums are float32 (float64 for float64 input). Nothing is added atomically: dv gathers
 from the output pixels that read it, and the filters' gradients are partial sums, one per program.
 
@@ -13,16 +13,15 @@ import triton.language as tl
 from .window import (
     both,
     columns,
+    corner_of_window,
     inside,
     load_attention,
     load_channels,
     load_filter,
     load_ghosts,
     load_log_sum_exp,
-    load_pixel,
     log_sum_exp,
     reading_pixel,
-    row_of_window,
     strips,
     sum_over_taps,
 )
@@ -38,8 +37,8 @@ def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
     """out (B, Ho, Wo, C) and, with NORMALIZE, the softmax's log-sum-exp in two parts, lse (B, G, 2, Ho * Wo).
 
         max    = max_t logits[b, g, t, y, x]                                   for each b, g and output pixel (y, x)
-        log    = log2 sum_t exp(logits[b, g, t, y, x] - max)
-        a[t]   = exp(logits[b, g, t, y, x] - max) / 2**log                     (K,)
+        log    = -log2 sum_t exp(logits[b, g, t, y, x] - max)
+        a[t]   = exp(logits[b, g, t, y, x] - max) * 2**log                     (K,)
         f[t]   = a[t] * mul[t] + add[t]                                        (K, HEAD_DIM), of head g
         out    = sum over t = (i, j) of f[t] * v[b, y * STRIDE + (i-r) * DILATION, x * STRIDE + (j-r) * DILATION, g]
     """
@@ -50,7 +49,6 @@ def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
     o_p = o_y * Wo + o_x  # of each strip's first pixel
     C = G * HEAD_DIM
 
-    p_logits += g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc
     b_max = ()
     b_out = ()
     for p in tl.static_range(STRIP):
@@ -61,7 +59,7 @@ def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
         b_max, b_log = log_sum_exp(p_logits, p_lse, B, num_samples, Ho, Wo, G, num_rows, s_lb, s_lc, s_lp,
                                    KERNEL_SIZE, STRIP, BLOCK_S, ACC)
 
-    p_l = p_logits + b * s_lb + o_p * s_lp  # [BLOCK_S]
+    p_l = p_logits + b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc + o_p * s_lp  # [BLOCK_S]
     p_v += b * s_vb + g * HEAD_DIM
     p_mul += first_b * s_mul + g * HEAD_DIM + o_d
     p_add += first_b * s_add + g * HEAD_DIM + o_d
@@ -96,7 +94,7 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
 
     p_logits += b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc
     p_lse += (b * G + g) * (2 * Ho * Wo)
-    p_go += b * Ho * Wo * C + g * HEAD_DIM
+    p_go += b * (Ho * Wo * C) + g * HEAD_DIM
     p_mul += first_b * s_mul + g * HEAD_DIM + o_d
     p_add += first_b * s_add + g * HEAD_DIM + o_d
     b_dv = ()
@@ -113,16 +111,16 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
         b_log = b_max
         t = (i + 1) * KERNEL_SIZE - 1  # the row's last tap
         p_m, p_a = p_mul + t * C, p_add + t * C
-        p_g, p_s, p_l = reading_pixel(p_go, p_lse, p_logits + t * s_lc, o_out_y * Wo + o_x - KERNEL_SIZE // 2 * DILATION,
-                                      o_d, C, s_lp)
+        o_out = o_out_y * Wo + o_x - KERNEL_SIZE // 2 * DILATION
+        p_g, p_s, p_l = reading_pixel(p_go, p_lse, p_logits + t * s_lc, o_out, o_d, C, s_lp)
         for column in tl.static_range(STRIP - 1 + KERNEL_SIZE):
             o_out_x = o_x + (column - KERNEL_SIZE // 2) * DILATION
             m_new = m_y & inside(o_out_x // STRIDE, Wo)
             if STRIDE > 1:  # and STRIP 1
                 m_new &= o_out_x % STRIDE == 0
                 o_out_x = o_out_x // STRIDE
-                p_g, p_s, p_l = reading_pixel(p_go, p_lse, p_logits + (t - column) * s_lc, o_out_y * Wo + o_out_x,
-                                              o_d, C, s_lp)
+                o_out = o_out_y * Wo + o_out_x
+                p_g, p_s, p_l = reading_pixel(p_go, p_lse, p_logits + (t - column) * s_lc, o_out, o_d, C, s_lp)
             b_go, m_out = b_go + (load_channels(p_g, m_new, m_d, ACC, PAIRS),), m_out + (m_new,)
             if NORMALIZE:
                 b_m, b_l = load_log_sum_exp(p_s, Ho * Wo, m_new)
@@ -140,13 +138,14 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
                 p_l, p_m, p_a = p_l - s_lc, p_m - C, p_a - C
             p_g, p_s, p_l = p_g + DILATION * C, p_s + DILATION, p_l + DILATION * s_lp
     for p in tl.static_range(STRIP):
-        p_o = (p_dv + b * H * W * C + g * HEAD_DIM + (o_y * W + o_x + p) * C)[:, None] + o_d[None, :]
+        p_o = (p_dv + b * (H * W * C) + g * HEAD_DIM + (o_y * W + o_x + p) * C)[:, None] + o_d[None, :]
         tl.store(p_o, b_dv[p], mask=both(o_x + p >= o_new, m_d))
 
 
 @triton.jit
 def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
-                   B, num_samples, H, W, Ho, Wo, G, num_rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_db, s_dc, s_dp, s_mul,
+                   B, num_samples, H, W, Ho, Wo, G, num_rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_db, s_dc, s_dp,
+                   s_mul,
                    KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
                    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
                    MUL: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr,
@@ -155,10 +154,10 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
 
         a[t]       = as in the forward pass                                    for each b, g and output pixel (y, x)
         da[t]      = sum over the head's channels of go * v(tap t) * mul[t]    (K,)
-        inner      = sum over the head's channels of go * (sum_t a[t] * mul[t] * v(tap t)), which is sum_t a[t] * da[t]
-        dlogits[t] = a[t] * (da[t] - inner)                                    (K,); without NORMALIZE da[t]
+        dlogits[t] = a[t] * (da[t] - sum_t a[t] * da[t])                       (K,); without NORMALIZE da[t]
 
-    So a first walk over the taps, for inner, needs one multiply-add per tap and channel and no reduction.
+    All of da stays in registers. A sum over channels ends in every thread that has some of them. Each keeps it for one
+    of its strip's pixels, so that with heads of 32 channels a thread ends up with all taps of one pixel.
     """
     first_b, b, o_y, o_x, o_new = strips(B, num_samples, Ho, Wo, STRIP, BLOCK_S, False)
     g = tl.program_id(1)
@@ -172,16 +171,17 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
     o_slot = tl.arange(0, STRIP * BLOCK_T)  # pixel o_slot // BLOCK_T of a strip and tap o_slot % BLOCK_T of a row
     b_go, b_da = (), ()
     for p in tl.static_range(STRIP):
-        p_g = (p_go + b * Ho * Wo * C + g * HEAD_DIM + (o_p + p) * C)[:, None] + o_d[None, :]
+        p_g = (p_go + b * (Ho * Wo * C) + g * HEAD_DIM + (o_p + p) * C)[:, None] + o_d[None, :]
         b_go = b_go + (load_channels(p_g, o_y >= 0, m_d, ACC, PAIRS),)
     for row in tl.static_range(KERNEL_SIZE):
         b_da = b_da + (tl.zeros([BLOCK_S, STRIP * BLOCK_T], dtype=ACC),)
+    p_row, o_vy, o_vx = corner_of_window(p_v, o_y, o_x, o_d, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
     for i in range(num_rows):
-        p_v_column, m_y = row_of_window(p_v, o_y, o_x, o_d, i, H, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
-        b_v, b_row = (b_go[0],), b_da[0]  # the window, as in sum_over_taps
+        b_v, p_pixel, b_row = (b_go[0],), p_row, b_da[0]  # the window, as in sum_over_taps; all of b_row is replaced
         for column in tl.static_range(STRIP - 1 + KERNEL_SIZE):
-            b_v = b_v + (load_pixel(p_v_column, o_x * STRIDE, column - KERNEL_SIZE // 2, DILATION, W, m_y, m_d, ACC, PAIRS),)
-            p_v_column += DILATION * s_vx
+            m_v = inside(o_vy, H) & inside(o_vx + column * DILATION, W)
+            b_v = b_v + (load_channels(p_pixel, m_v, m_d, ACC, PAIRS),)
+            p_pixel += DILATION * s_vx
             if column >= STRIP - 1:
                 b_v = b_v[1:]
                 b_mul, _ = load_ghosts(p_mul, p_mul, m_d, MUL, False)
@@ -194,6 +194,7 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
                     b_row = tl.where(o_slot[None, :] == slot, tl.sum(b_product, axis=1)[:, None], b_row)
         for row in tl.static_range(KERNEL_SIZE):
             b_da = b_da[:row] + (tl.where(i == row, b_row, b_da[row]),) + b_da[row + 1:]
+        p_row, o_vy = p_row + DILATION * s_vy, o_vy + DILATION
 
     _, b, o_y, o_x, o_new = strips(B, num_samples, Ho, Wo, STRIP, BLOCK_S, True)
     o_p = o_y * Wo + o_x
@@ -251,9 +252,6 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
     m_d = None if HEAD_DIM == BLOCK_D else o_d < HEAD_DIM
     C = G * HEAD_DIM
 
-    p_v += g * HEAD_DIM
-    p_go += g * HEAD_DIM
-    p_logits += (g * (KERNEL_SIZE * KERNEL_SIZE) + i * KERNEL_SIZE) * s_lc
     b_dmul, b_dadd = (), ()
     for j in tl.static_range(BLOCK_J):
         b_dmul = b_dmul + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
@@ -266,14 +264,16 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
         o_y, o_new = o_s // per_row, o_s % per_row * STRIP
         o_x = tl.minimum(o_new, Wo - STRIP)
         o_p = o_y * Wo + o_x
-        p_v_column, m_y = row_of_window(p_v + b * s_vb, o_y, o_x, o_d, i, H, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
-        p_v_column += first_j * DILATION * s_vx
-        m_y &= m_s
+        p_pixel, o_vy, o_vx = corner_of_window(p_v + b * s_vb + g * HEAD_DIM, o_y, o_x, o_d, s_vy, s_vx,
+                                               KERNEL_SIZE, DILATION, STRIDE)
+        p_pixel += i * DILATION * s_vy + first_j * DILATION * s_vx
+        m_y = m_s & inside(o_vy + i * DILATION, H)
+        p_l = p_logits + b * s_lb + (g * (KERNEL_SIZE * KERNEL_SIZE) + i * KERNEL_SIZE) * s_lc + o_p * s_lp
         m_p, b_go, b_max, b_log = (), (), (), ()
         for p in tl.static_range(STRIP):
             m = m_s & (o_x + p >= o_new)
             m_p = m_p + (m,)
-            p_g = (p_go + b * Ho * Wo * C + (o_p + p) * C)[:, None] + o_d[None, :]
+            p_g = (p_go + b * (Ho * Wo * C) + g * HEAD_DIM + (o_p + p) * C)[:, None] + o_d[None, :]
             b_go = b_go + (load_channels(p_g, m, m_d, ACC, PAIRS),)
             if MUL and NORMALIZE:
                 b_m, b_l = load_log_sum_exp(p_lse + (b * G + g) * (2 * Ho * Wo) + o_p + p, Ho * Wo, m)
@@ -281,8 +281,8 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
             else:
                 b_max, b_log = b_max + (0.0,), b_log + (0.0,)
         for column in tl.static_range(BLOCK_J + STRIP - 1):
-            b_v = load_pixel(p_v_column, o_x * STRIDE, first_j + column - KERNEL_SIZE // 2, DILATION, W, m_y, m_d, ACC, PAIRS)
-            p_v_column += DILATION * s_vx
+            b_v = load_channels(p_pixel, m_y & inside(o_vx + (first_j + column) * DILATION, W), m_d, ACC, PAIRS)
+            p_pixel += DILATION * s_vx
             for p in tl.static_range(STRIP):
                 if column - p >= 0 and column - p < BLOCK_J:  # what pixel p reads as the block's tap column - p
                     b_product = b_v * b_go[p]  # [BLOCK_S, BLOCK_D] * [BLOCK_S, BLOCK_D] -> [BLOCK_S, BLOCK_D]
@@ -290,8 +290,8 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
                         b_sum = b_dadd[column - p] + b_product
                         b_dadd = b_dadd[:column - p] + (b_sum,) + b_dadd[column - p + 1:]
                     if MUL:
-                        p_l = p_logits + b * s_lb + (o_p + p) * s_lp + tl.minimum(first_j + column - p, KERNEL_SIZE - 1) * s_lc
-                        b_a = load_attention(p_l, m_p[p], b_max[p], b_log[p], NORMALIZE, ACC)
+                        right = p * s_lp + tl.minimum(first_j + column - p, KERNEL_SIZE - 1) * s_lc
+                        b_a = load_attention(p_l + right, m_p[p], b_max[p], b_log[p], NORMALIZE, ACC)
                         # [BLOCK_S, BLOCK_D] * [BLOCK_S, 1] -> [BLOCK_S, BLOCK_D]
                         b_sum = b_dmul[column - p] + b_product * b_a[:, None]
                         b_dmul = b_dmul[:column - p] + (b_sum,) + b_dmul[column - p + 1:]

@@ -1,8 +1,12 @@
 """What the aggregation's kernels are built of: strips of pixels, a window that walks along them, softmax and filters.
 
-A strip is STRIP neighbouring pixels of a row, 1 or 4, and a program has BLOCK_S strips. What differs from pixel to
-pixel of a strip is a tuple of STRIP tiles. No row is shorter than a strip: the last one of a row ends with the row, and
-has pixels of the strip before, which counts them. Strips behind the last one are the last one once more.
+A strip is STRIP neighbouring pixels of a row, 1 or 4, and a program has BLOCK_S strips of a group of samples. What
+differs from pixel to pixel of a strip is a tuple of STRIP tiles.
+
+No row is shorter than a strip. The last one of a row ends with the row, and has pixels of the strip before, which
+counts them; behind a group's last strip that strip comes again. So all pixels of a program exist, and only stores
+need masks. Pointers walk along the taps: a product a tap is more instructions.
+
 The letters are those of kernels/__init__.py.
 """
 import triton
@@ -13,10 +17,10 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp2 takes fewer instructions than e
 
 @triton.jit
 def strips(B, num_samples, H, W, STRIP: tl.constexpr, BLOCK_S: tl.constexpr, EVERY_PIXEL: tl.constexpr):
-    """The first sample of the program's group of num_samples; of each of its strips the sample, row and column of the
-    first pixel, and the column of the first one that counts, [BLOCK_S]; none counts behind the group's last strip.
+    """The first sample of the program's group of num_samples; of its strips, [BLOCK_S] each, the sample, the row and
+    column of the first pixel, and the first column that counts, which behind the group's last strip is W.
 
-    With EVERY_PIXEL of all pixels, [BLOCK_S * STRIP].
+    With EVERY_PIXEL row and column of all pixels, all [BLOCK_S * STRIP].
     """
     per_row = (W + STRIP - 1) // STRIP
     per_sample = H * per_row
@@ -38,7 +42,7 @@ def strips(B, num_samples, H, W, STRIP: tl.constexpr, BLOCK_S: tl.constexpr, EVE
 
 @triton.jit
 def both(m_p, m_d):
-    """Of strips [BLOCK_S] and channels [BLOCK_D] or None, broadcastable to [BLOCK_S, BLOCK_D]."""
+    """Masks of strips, [BLOCK_S], and of channels, [BLOCK_D] or None for all, as one for [BLOCK_S, BLOCK_D]."""
     if m_d is None:
         m = m_p[:, None]
     else:
@@ -54,9 +58,9 @@ def inside(o, size):
 
 @triton.jit
 def load_channels(p, m_p, m_d, ACC: tl.constexpr, PAIRS: tl.constexpr):
-    """[BLOCK_S, BLOCK_D] in ACC.
+    """[BLOCK_S, BLOCK_D] in ACC, zero where masked.
 
-    With PAIRS two bfloat16 become float32 by one instruction each, where the compiler takes three for both.
+    With PAIRS of bfloat16, each becomes float32 by one instruction, where the compiler takes three for two.
     """
     x = tl.load(p, mask=both(m_p, m_d), other=0.0)
     if PAIRS:
@@ -78,17 +82,13 @@ def sum_over_taps(b_out, p_v, p_logits, p_mul, p_add, b_max, b_log, o_y, o_x, o_
     A window of STRIP pixels of v advances by one pixel a tap: so a pixel is loaded and converted once for up to STRIP
     taps, and so is a filter.
     """
-    o_vy = o_y * STRIDE - KERNEL_SIZE // 2 * DILATION
-    o_vx = o_x * STRIDE - KERNEL_SIZE // 2 * DILATION
-    p_row = (p_v + o_vy * s_vy + o_vx * s_vx)[:, None] + o_d[None, :]
+    p_row, o_vy, o_vx = corner_of_window(p_v, o_y, o_x, o_d, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
     for i in range(num_rows):
-        p_v_column, m_y = p_row, inside(o_vy, H)
-        p_row += DILATION * s_vy
-        o_vy += DILATION
-        b_v = (b_out[0],)  # this tile leaves the window before it is used
+        b_v, p_pixel = (b_out[0],), p_row  # this tile leaves the window before it is used
         for column in tl.static_range(STRIP - 1 + KERNEL_SIZE):
-            b_v = b_v + (load_pixel(p_v_column, o_x * STRIDE, column - KERNEL_SIZE // 2, DILATION, W, m_y, m_d, ACC, PAIRS),)
-            p_v_column += DILATION * s_vx
+            m_v = inside(o_vy, H) & inside(o_vx + column * DILATION, W)
+            b_v = b_v + (load_channels(p_pixel, m_v, m_d, ACC, PAIRS),)
+            p_pixel += DILATION * s_vx
             if column >= STRIP - 1:  # the window is full: of tap j = column - (STRIP - 1)
                 b_v = b_v[1:]
                 b_mul, b_add = load_ghosts(p_mul, p_add, m_d, MUL, ADD)
@@ -97,44 +97,37 @@ def sum_over_taps(b_out, p_v, p_logits, p_mul, p_add, b_max, b_log, o_y, o_x, o_
                                       ATTENTION, NORMALIZE, MUL, ADD, ACC)
                     # [BLOCK_S, BLOCK_D] * [1 or BLOCK_S, 1 or BLOCK_D] -> [BLOCK_S, BLOCK_D]
                     b_out = b_out[:p] + (b_out[p] + b_v[p] * b_f,) + b_out[p + 1:]
-                p_logits += s_lc
-                p_mul += C
-                p_add += C
+                p_logits, p_mul, p_add = p_logits + s_lc, p_mul + C, p_add + C
+        p_row, o_vy = p_row + DILATION * s_vy, o_vy + DILATION
     return b_out
 
 
 @triton.jit
-def row_of_window(p_v, o_y, o_x, o_d, i, H, s_vy, s_vx,
-                  KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr):
-    """Pointers [BLOCK_S, BLOCK_D] to the first column of row i of the window; is there such a row?"""
-    o_vy = o_y * STRIDE + (i - KERNEL_SIZE // 2) * DILATION
+def corner_of_window(p_v, o_y, o_x, o_d, s_vy, s_vx,
+                     KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr):
+    """Pointers [BLOCK_S, BLOCK_D] to the window's first row and column, which may be outside; both, [BLOCK_S]."""
+    o_vy = o_y * STRIDE - KERNEL_SIZE // 2 * DILATION
     o_vx = o_x * STRIDE - KERNEL_SIZE // 2 * DILATION
-    return (p_v + o_vy * s_vy + o_vx * s_vx)[:, None] + o_d[None, :], inside(o_vy, H)
-
-
-@triton.jit
-def load_pixel(p_column, o_x, column, DILATION: tl.constexpr, W, m_y, m_d, ACC: tl.constexpr, PAIRS: tl.constexpr):
-    """What p_column points to, [BLOCK_S, BLOCK_D]: the pixel `column` steps of DILATION from o_x of each strip."""
-    o_vx = o_x + column * DILATION
-    return load_channels(p_column, m_y & inside(o_vx, W), m_d, ACC, PAIRS)
+    return (p_v + o_vy * s_vy + o_vx * s_vx)[:, None] + o_d[None, :], o_vy, o_vx
 
 
 @triton.jit
 def reading_pixel(p_go, p_lse, p_logits, o_out, o_d, C, s_lp):
-    """Pointers to what output pixels o_out, [BLOCK_S], have: [BLOCK_S, BLOCK_D], [BLOCK_S] and [BLOCK_S]."""
+    """Pointers to go, lse and logits of output pixels o_out, [BLOCK_S]: [BLOCK_S, BLOCK_D], [BLOCK_S], [BLOCK_S]."""
     return (p_go + o_out * C)[:, None] + o_d[None, :], p_lse + o_out, p_logits + o_out * s_lp
 
 
 @triton.jit
 def log_sum_exp(p_logits, p_lse, B, num_samples, Ho, Wo, G, num_rows, s_lb, s_lc, s_lp,
                 KERNEL_SIZE: tl.constexpr, STRIP: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr):
-    """The largest logit of each pixel and log2(sum_t exp(logits[t] - largest)): stored, and STRIP tiles [BLOCK_S] each.
+    """Of each pixel the largest logit and -log2(sum_t exp(logits[t] - largest)): stored, and STRIP tiles [BLOCK_S].
 
     Row by row with a running maximum. As one number, their sum, they would lose the logarithm beside a large logit.
+    A thread takes a pixel, where one takes a strip elsewhere.
     """
-    # Every pixel, so that no two threads take the same one.
     _, b, o_y, o_x, o_new = strips(B, num_samples, Ho, Wo, STRIP, BLOCK_S, True)
-    p_row = p_logits + b * s_lb + (o_y * Wo + o_x) * s_lp
+    g = tl.program_id(1)
+    p_row = p_logits + b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc + (o_y * Wo + o_x) * s_lp
     b_max = tl.full([BLOCK_S * STRIP], -float("inf"), dtype=ACC)
     b_sum = tl.zeros([BLOCK_S * STRIP], dtype=ACC)
     for i in range(num_rows):
@@ -151,10 +144,11 @@ def log_sum_exp(p_logits, p_lse, B, num_samples, Ho, Wo, G, num_rows, s_lb, s_lc
         b_max = b_new
         p_row += KERNEL_SIZE * s_lc
     b_log = -tl.log2(b_sum)
-    p_lse += (b * G + tl.program_id(1)) * (2 * Ho * Wo) + o_y * Wo + o_x
+    p_lse += (b * G + g) * (2 * Ho * Wo) + o_y * Wo + o_x
     tl.store(p_lse, b_max, mask=o_x >= o_new)
     tl.store(p_lse + Ho * Wo, b_log, mask=o_x >= o_new)
-    return columns(tl.reshape(b_max, [BLOCK_S, STRIP]), STRIP), columns(tl.reshape(b_log, [BLOCK_S, STRIP]), STRIP)
+    b_max, b_log = tl.reshape(b_max, [BLOCK_S, STRIP]), tl.reshape(b_log, [BLOCK_S, STRIP])
+    return columns(b_max, STRIP), columns(b_log, STRIP)
 
 
 @triton.jit
@@ -171,15 +165,15 @@ def columns(x, N: tl.constexpr):
         return (tl.reshape(x, [x.shape[0]]),)
     else:
         even, odd = tl.split(tl.reshape(x, [x.shape[0], N // 2, 2]))
-        even, odd, both = columns(even, N // 2), columns(odd, N // 2), ()
+        even, odd, tiles = columns(even, N // 2), columns(odd, N // 2), ()
         for n in tl.static_range(N // 2):
-            both = both + (even[n], odd[n])
-        return both
+            tiles = tiles + (even[n], odd[n])
+        return tiles
 
 
 @triton.jit
 def load_attention(p_l, m_p, b_max, b_log, NORMALIZE: tl.constexpr, ACC: tl.constexpr):
-    """a of one tap, [BLOCK_S]. m_p: where there is a pixel, None: everywhere.
+    """a of one tap, [BLOCK_S]. m_p: where there is such a pixel, None: everywhere.
 
     Only the difference is scaled: a logit alone, times LOG2E, is beyond float32 where it is the least of its type.
     """
