@@ -56,8 +56,8 @@ def compiled(target, dtype, shape, folder, *only):
     """[(kernel, resources), ...]; only: names of kernels, all if there are none."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)  # nothing of an earlier run
-    process = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, target, dtype, shape, *only], env=environment,
-                             cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, target, dtype, shape, *only]
+    process = subprocess.run(command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
     return [json.loads(line) for line in process.stdout.splitlines()]
 

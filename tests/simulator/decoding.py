@@ -35,7 +35,8 @@ class Program:
     def _append(self, i):
         """Triton sets registers before it loads them; where no guard may skip the load, the assembler drops that."""
         if i.base == "ld" and not i.guard:
-            while self.code and self.code[-1].base == "mov" and self.code[-1].operands[0] in names(i.operands[0]):
+            loaded = set(names(i.operands[0])) - set(names(i.operands[1].strip("[]").partition("+")[0]))
+            while self.code and self.code[-1].base == "mov" and self.code[-1].operands[0] in loaded:
                 self.code.pop()
         self.code.append(i)
 
