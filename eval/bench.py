@@ -1,6 +1,6 @@
 """How fast this machine computes ELSA beside what else could stand there: `python run.py bench`.
 
-What is timed: providers.py. What is printed and written: bench_report.py.
+What is timed: providers.py. What is printed and written: bench_report.py. Without a GPU: bench_compiled.py.
 """
 import argparse
 import contextlib
@@ -34,8 +34,8 @@ def main(argv):
         if not backend.HAS_TRITON:
             raise ValueError("--compile-only: triton, which compiles the kernels, is not installed; there are packages "
                              "for Linux: `pip install triton`")
-        from kernels import compile  # not above: it needs Triton
-        return compile.main(args.arch, args.dtype or "bfloat16")
+        from eval import bench_compiled  # not above: it needs Triton
+        return bench_compiled.main(args.arch, args.dtype or "bfloat16")
     if args.tune:
         return tune(device, dtype)
     if args.level == ["input"]:
@@ -125,12 +125,14 @@ def parse(argv):
     if gpu:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32: naive is what others are checked against
-    if "input" in (args.level or ()):
+    of_input = "input" in (args.level or ())
+    if args.json and (args.compile_only or args.tune or of_input):
+        raise ValueError("--json is for the times of kernels, layers and models; --compile-only, --tune and "
+                         "--level input print none")
+    if of_input:
         if len(args.level) > 1:
             raise ValueError(f"--level: got {' '.join(args.level)}; input is measured by itself")
         return args, device, None, []
-    if args.json and (args.compile_only or args.tune):
-        raise ValueError("--json is for timings; --compile-only and --tune make none")
     levels = args.level or (list(LEVELS) if gpu else ["operator", "layer"])
     shapes = args.shapes or (list(providers.SHAPES) if gpu else ["swin_t", "volo_d1"])
     benchmarks = [(level, *case) for level in levels for case in cases(level, shapes)]
@@ -150,7 +152,8 @@ def tune(device, dtype):
         for name, shape in cases(level, list(providers.SHAPES)):
             builders, grad_out = LEVELS[level](shape, default_batch_size(name, device), dtype, device, backward=True)
             builders["ours"]()(grad_out)
-    print(f"written: {tuning.ship(device)}")
+    path, outdated = tuning.ship(device)
+    print(f"written: {path}; taken out: {outdated} choices for kernels that have changed since")
 
 
 # Measuring

@@ -8,7 +8,7 @@ from train import classification, config, detection, segmentation
 
 class Task(NamedTuple):
     model: str  # what a model of it is called
-    training: ModuleType  # datasets(config), loss(model, batch, config, rng)
+    training: ModuleType  # datasets(config), loss(model, batch, config, seed)
     evaluation: ModuleType  # METRICS, dataset(config, classes), loader(...), evaluate(...), table(result, classes)
 
 

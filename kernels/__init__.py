@@ -13,7 +13,6 @@ works.
     aggregation.py    launches the kernels of aggregation_kernels.py, which are built of window.py
     convolution.py    launches the kernels of convolution_kernels.py, which make the maps
     tuning.py         chooses and remembers launch configurations
-    compile.py        what the kernels cost on GPUs that are not there
 
 One letter means one thing in all files (argument names of the public functions aside).
 

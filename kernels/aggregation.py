@@ -30,7 +30,7 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
             *args.sizes, kernel_size, *args.v_strides, *args.logits_strides, args.mul_stride, args.add_stride,
             **args.constants, **args.flags, **config)
 
-    tuning.launch("forward", args.key, args.candidates(args.Ho, args.Wo, None, 255), launch, v.device)
+    tuning.launch(forward_kernel, args.key, args.candidates(args.Ho, args.Wo, None, 255), launch, v.device)
     return out, lse
 
 
@@ -57,7 +57,7 @@ def _dv(args, go, lse):
             *args.sizes, args.kernel_size, *args.logits_strides, args.mul_stride, args.add_stride,
             **args.constants, **args.flags, **config)
 
-    tuning.launch("dv", args.key, args.candidates(args.H, args.W, None), launch, go.device)
+    tuning.launch(dv_kernel, args.key, args.candidates(args.H, args.W, None), launch, go.device)
     return dv
 
 
@@ -73,7 +73,7 @@ def _dlogits(args, go, lse, logits):
             *args.sizes, args.kernel_size, *args.v_strides, *args.logits_strides, *strides, args.mul_stride,
             **args.constants, **flags, BLOCK_T=triton.next_power_of_2(args.kernel_size), **config)
 
-    tuning.launch("dlogits", args.key, args.candidates(args.Ho, args.Wo, 255), launch, go.device)
+    tuning.launch(dlogits_kernel, args.key, args.candidates(args.Ho, args.Wo, 255), launch, go.device)
     return result if dlogits is result else result.copy_(dlogits)
 
 
@@ -96,7 +96,7 @@ def _dghost(args, go, lse, mul, add, needs):
             **args.constants, **flags, BLOCK_J=BLOCK_J, **config)
 
     configs = tuning.for_sums_over_pixels(args.candidates(args.Ho, args.Wo, 255))
-    tuning.launch("dghost", args.key, configs, launch, go.device)
+    tuning.launch(dghost_kernel, dict(args.key, dmul=needs[0], dadd=needs[1]), configs, launch, go.device)
     grads = []
     for need, part, ghost in zip(needs, parts, (mul, add)):
         if need:
@@ -159,8 +159,8 @@ class _LaunchArguments:
             PAIRS=v.dtype == torch.bfloat16 and tuning.WARP_SIZE == 32 and not INTERPRETED)
         self.key = dict(
             dtype=str(v.dtype)[6:], k=kernel_size, dilation=dilation, stride=stride, heads=self.G, width=head_dim,
-            pixels=triton.next_power_of_2(max(1, self.Ho * self.Wo)),
-            mul=mul is not None, add=add is not None, attn=logits is not None,
+            batch=triton.next_power_of_2(self.B), pixels=triton.next_power_of_2(max(1, self.Ho * self.Wo)),
+            mul=mul is not None, add=add is not None, attn=logits is not None, normalize=self.flags["NORMALIZE"],
             channels_first=self.logits_strides[2] == 1)
 
     def strips(self, H, W):

@@ -27,7 +27,7 @@ def forward(q, k, weight, bias, scale, dilation):
             h, matrices, bias, z, u, *geometry.image, geometry.num_products, scale, **geometry.constants, **config)
 
     configs = candidates((128, 128, 2), (64, 128, 2), (128, 256, 3))
-    tuning.launch("hadamard", geometry.key, configs, launch, q.device)
+    tuning.launch(hadamard_kernel, geometry.key, configs, launch, q.device)
     return z, u
 
 
@@ -54,7 +54,7 @@ def _dqk(geometry, du, q, k, weight, scale):
             **geometry.constants, **config)
 
     configs = candidates((128, 128, 2), (64, 128, 2), (128, 256, 3))
-    tuning.launch("dqk", geometry.key, configs, launch, q.device)
+    tuning.launch(dqk_kernel, geometry.key, configs, launch, q.device)
     return dq, dk
 
 
@@ -68,7 +68,7 @@ def _dweight(geometry, du, h):
             **geometry.constants, **config)
 
     configs = tuning.for_sums_over_pixels(candidates((128, 128, 2), (128, 256, 2), (64, 128, 3)))
-    tuning.launch("dweight", geometry.key, configs, launch, du.device)
+    tuning.launch(dweight_kernel, geometry.key, configs, launch, du.device)
     return geometry.weight(parts.sum(0))
 
 
@@ -103,7 +103,7 @@ class _Geometry:
         self.image = self.H, self.W, self.Q, self.length, self.pitch
         self.key = dict(
             dtype=str(q.dtype)[6:], k=self.kernel_size, dilation=dilation, width=self.width, channels=self.Q,
-            pixels=triton.next_power_of_2(max(1, self.H * self.W)))
+            batch=triton.next_power_of_2(self.B), pixels=triton.next_power_of_2(max(1, self.H * self.W)))
 
     def grid(self, config):
         return self.B * triton.cdiv(self.H * self.pitch, config["BLOCK_P"]), self.num_blocks

@@ -204,11 +204,14 @@ def _depthwise_backward(go, v, add, kernel_size, dilation, stride, needs):
         if not needs[0]:
             return None, dadd
     x, weight, groups = _as_convolution(v, add)
-    # A convolution yields ceil(H / stride) rows where the operator yields H // stride: the last ones have no gradient.
-    extra_rows, extra_columns = -(-v.shape[1] // stride) - go.shape[1], -(-v.shape[2] // stride) - go.shape[2]
-    go = F.pad(go, (0, 0, 0, extra_columns, 0, extra_rows)).permute(0, 3, 1, 2)
-    go = go.reshape(x.shape[0], x.shape[1], *go.shape[2:])
-    padding = kernel_size // 2 * dilation
+    edge, (H, W), (Ho, Wo) = kernel_size // 2 * dilation, v.shape[1:3], go.shape[1:3]
+    edges, padding = (0, 0, 0, 0), edge
+    if H % stride or W % stride:
+        # A convolution yields ceil(H / stride) rows where the operator yields H // stride. Its image is cut or padded
+        # so that it yields as many: zeros for the gradient of the others, times NaN, would be NaN.
+        edges, padding = (edge, (Wo - 1) * stride + edge + 1 - W, edge, (Ho - 1) * stride + edge + 1 - H), 0
+        x = F.pad(x, edges)
+    go = go.permute(0, 3, 1, 2).reshape(*x.shape[:2], Ho, Wo)
 
     def gradient(wanted):
         # One at a time: asked for both, the library takes half as long again on large maps.
@@ -218,7 +221,9 @@ def _depthwise_backward(go, v, add, kernel_size, dilation, stride, needs):
 
     dv = None
     if needs[0]:
-        dv = _channels_last(gradient(0).reshape(v.shape[0], v.shape[3], *v.shape[1:3])).contiguous()
+        dx = gradient(0)
+        dx = F.pad(dx, [-n for n in edges]) if any(edges) else dx
+        dv = _channels_last(dx.reshape(v.shape[0], v.shape[3], H, W)).contiguous()
     if needs[3] and dadd is None:
         dadd = gradient(1).reshape(add.shape).contiguous()
     return dv, dadd

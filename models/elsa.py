@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import elsa_attention, hadamard
+from kernels import backend, elsa_attention, hadamard
 
 
 class Pointwise(nn.Linear):
@@ -39,11 +39,11 @@ class HadamardConvolution(nn.Conv2d):
 
 
 class LogitsProjection(Pointwise):
-    """(B, Ho, Wo, Q) -> (B, Ho, Wo, G * K), but on small maps in the memory of contiguous (B, G * K, Ho, Wo).
+    """(B, Ho, Wo, Q) -> (B, Ho, Wo, G * K), in the memory in which the kernels read the pixels of one tap side by side.
 
-    The kernels read the pixels of one tap side by side, and a linear layer would write the taps of one pixel so. The
-    matrix product writes either layout at the same cost, but its backward pass makes one weight gradient an image: on
-    maps smaller than a window that costs the most.
+    A linear layer would write the taps of one pixel so. For the Triton kernels one product makes (G * K, B, Ho, Wo),
+    and so do its gradients. On a CPU a product an image makes (B, G * K, Ho, Wo), in whose backward pass there is one
+    weight gradient an image: maps smaller than a window, where that costs the most, are a linear layer's.
     """
 
     def __init__(self, dim_qk, num_logits, window):
@@ -51,7 +51,11 @@ class LogitsProjection(Pointwise):
         self.window = window  # pixels
 
     def forward(self, z):
-        if not torch.compiler.is_exporting() and z.shape[1] * z.shape[2] < self.window:  # a file is for any size
+        exporting = torch.compiler.is_exporting()  # a file is for any size, and for any device
+        if not exporting and backend.uses_triton(z) and z[..., 0].numel() * self.out_features < 2 ** 31:
+            logits = torch.addmm(self.bias[:, None], self.weight, z.flatten(0, 2).T)
+            return logits.unflatten(1, z.shape[:3]).permute(1, 2, 3, 0)
+        if not exporting and z.shape[1] * z.shape[2] < self.window:
             return super().forward(z)
         weight = self.weight.expand(z.shape[0], -1, -1)  # (B, G * K, Q)
         logits = torch.baddbmm(self.bias[:, None], weight, z.flatten(1, 2).transpose(1, 2))
@@ -162,9 +166,9 @@ class ELSA(nn.Module):
     def ghost_filters(self):
         """The multiplicative and the additive filter, (C, k, k) each, or None where switched off."""
         if self.lam and self.gamma:
-            return self.ghost_head[0, 0], self.ghost_head[1, 0]
-        mul = self.ghost_head[0] if self.lam else None
-        add = self.ghost_head[0] if self.gamma else None
+            return self.ghost_head.flatten(0, 1).unbind()
+        mul = self.ghost_head.flatten(0, 1) if self.lam else None
+        add = self.ghost_head.flatten(0, 1) if self.gamma else None
         return mul, add
 
 

@@ -7,7 +7,6 @@ from PIL import Image
 
 from train import augment, classification
 from train.config import resolve
-from train.photographs import MEAN, STD
 
 
 def photograph(seed, H, W):
@@ -39,9 +38,3 @@ def samples(picture, n, seed, model="swin_t", **changes):
     for index in range(n):
         pixels, _, _, matrix = training[0, index]
         yield pixels.numpy(), matrix.double().numpy()
-
-
-def as_bytes(image):
-    pixels = (image.numpy().transpose(1, 2, 0) * np.float32(STD) + np.float32(MEAN)) * 255
-    assert np.abs(pixels - np.rint(pixels)).max() < 1e-3
-    return np.rint(pixels).astype(np.uint8)

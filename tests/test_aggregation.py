@@ -160,6 +160,21 @@ def test_nan_spreads_only_to_the_pixels_whose_taps_reach_it(name, stride):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_nan_that_no_output_reads_reaches_no_gradient(name):
+    """The last row and column, beside what a stride of two takes in steps, and for all taps but those at the end."""
+    with backend(name) as device:
+        case = Case(H=7, W=7, stride=2, mul="static", device=device)
+        plain = case.run(elsa_attention)
+        case.tensors["v"][0, 6] = case.tensors["v"][0, :, 6] = float("nan")
+        got = case.run(elsa_attention)
+        assert all(torch.equal(got[key], plain[key]) for key in ("out", "dv", "dlogits", "dghost_mul", "dghost_add"))
+        case.tensors["v"][0, 5] = float("nan")  # read by the last row of taps alone
+        got = case.run(elsa_attention)
+        for key in ("dghost_mul", "dghost_add"):
+            assert got[key][:, :2].isfinite().all() and got[key][:, 2].isnan().any()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_logits_of_minus_infinity_mask_their_taps(name):
     with backend(name) as device:
         case = Case(device=device)

@@ -19,6 +19,7 @@ from train import loop
 from train.bad_images import Replacing
 from train.config import Config
 from train.data import training_loader
+from train.device import to_device
 from train.interruption import Interruption
 from train.state import TrainingState
 from training import checkpoint, over_ranks, rows, segmenter, tiny, train
@@ -69,6 +70,7 @@ def test_no_step_waits_for_the_device(config, monkeypatch):
     state, interruption = TrainingState(config, 1, meta), Interruption(0, 2, meta)  # two ranks, of which one is here
     monkeypatch.setattr(interruption, "receive", lambda sent: float(sent[0].shape == (5,)))
     batches = type("Loader", (list,), {"batch_sampler": SimpleNamespace()})(batches)
+    to_device([torch.zeros(1, 1, 1, 3, dtype=torch.uint8)], meta)  # what it keeps on the device
     with Copies() as copies, Made():
         made = list(loop.train_epoch(state, task, batches, 0, 0, interruption))
     assert len(made) == len(batches) // config.accumulate and len(copies.asynchronous) >= 2 * len(batches)

@@ -12,7 +12,7 @@ from train import augment, classification, tokens
 from train.config import Config, resolve
 from train.device import to_device
 from train.draws import Draws
-from train.photographs import MEAN, STD
+from train.photographs import MEAN, STD, to_tensor
 
 
 def test_crops_at_bicubic_are_torchvisions():
@@ -56,11 +56,12 @@ def test_boxes_are_those_of_torchvision(H, W):
         assert augment.draw_box(H, W, (0.08, 1.0), Draws(seed)) == tuple(expected)
 
 
-def test_bytes_are_normalised_on_the_device_as_torchvision_does_it():
+def test_bytes_are_normalised_on_the_device():
     pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 2).reshape(2, 8, 32, 3)
     images, labels = to_device((pixels, torch.tensor([3, 5])), torch.device("cpu"))
+    assert all(torch.equal(ours, to_tensor(image.numpy())) for ours, image in zip(images, pixels, strict=True))
     steps = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
-    assert torch.equal(images, steps(pixels.permute(0, 3, 1, 2))) and images.is_contiguous()
+    assert images.is_contiguous() and (images - steps(pixels.permute(0, 3, 1, 2))).abs().max() < 1e-6
     assert labels.tolist() == [3, 5] and to_device([images], images.device)[0] is images
 
 
@@ -68,6 +69,33 @@ def test_operations_take_the_filter_they_are_given():
     for resample in (Image.BILINEAR, Image.BICUBIC):
         expected = Image.fromarray(A).rotate(27, resample, fillcolor=(124, 116, 104))
         assert np.array_equal(augment.OPERATIONS[3](Image.fromarray(A), 0.9, 0.9, resample), expected)
+
+
+@pytest.mark.parametrize("resampling", [Image.BILINEAR, Image.BICUBIC])
+@pytest.mark.parametrize("size", [(64, 64), (97, 31), (1, 1), (1, 40), (40, 2), (3, 3)])
+def test_lines_slide_as_in_pillows_transform(resampling, size):
+    """Shears, and shifts by whole pixels and by parts of them, out of the image, too."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    pixels[:size[1] // 2, :size[0] // 2] = 255
+    image = Image.fromarray(pixels)
+    different = 0
+    for slope, offset in [(0, 0), (0.2871, 0), (-0.2693, 0), (0, 7), (0, -3.5), (0.1043, -2.2519), (0, 200), (0, -200)]:
+        for axis, matrix in ((1, [1, slope, offset, 0, 1, 0]), (0, [1, 0, 0, slope, 1, offset])):
+            ours = np.asarray(augment.slide(image, slope, offset, axis, resampling), int)
+            theirs = image.transform(size, Image.Transform.AFFINE, matrix, resampling, fillcolor=tuple(augment.FILL))
+            difference = np.abs(ours - np.asarray(theirs, int))
+            assert difference.max() <= 1
+            different += np.count_nonzero(difference)
+    assert different <= 16 * pixels.size * 1e-3
+
+
+def test_operations_that_move_lines_along_themselves_slide(monkeypatch):
+    axes = []
+    monkeypatch.setattr(augment, "slide", lambda image, slope, offset, axis, resampling: axes.append(axis))
+    for operation in augment.OPERATIONS:
+        if isinstance(operation, augment.Affine):
+            operation(Image.fromarray(A), 0.5, 0.5)
+    assert axes == [1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("interpolation, low, high", [("bicubic", 0, 0), ("random", 0.4, 0.6)])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pictures import A, B, C, X, Y, as_bytes, recipe, samples
+from pictures import A, B, C, X, Y, recipe, samples
 from train import augment, classification, detection, segmentation
 from train.config import Config
 from train.device import to_device
@@ -187,9 +187,9 @@ def segmentation_geometry(n, seed):
         patch.setattr(segmentation, "resize", coordinates)
         patch.setattr(segmentation, "distort", lambda pixels, *drawn: pixels)
         for _ in range(n):
-            image, _ = segmentation.augment(np.zeros((512, 683, 3), np.uint8), labels, config)
+            image, _, _ = segmentation.augment(np.zeros((512, 683, 3), np.uint8), labels, config)
             H, W = sizes[-1]
-            y, x, high = as_bytes(image[:, :1, :min(W, 512)])[0].astype(int).T
+            y, x, high = image[0, :min(W, 512)].int().numpy().T
             top, left = (y + high // 16 * 256)[0], (x + high % 16 * 256)[[0, -1]]
             rows.append(dict(seg_height=H, seg_width=W, seg_flip=left[0] > left[1],
                              seg_crop_top=top / (H - 512) if H > 512 else None,
@@ -244,7 +244,6 @@ def detection_geometry(n, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detection, "random_crop", watched)
         patch.setattr(detection, "resize", lambda pixels, size: np.broadcast_to(np.uint8(0), (*size, 3)))
-        patch.setattr(detection, "to_tensor", lambda pixels: pixels)
         for _ in range(n):
             crop.clear()
             pixels, found, kept, _ = detection.augment(photo, boxes, labels, masks, config)
@@ -322,8 +321,8 @@ def test_the_eleventh_crop_is_taken_as_it_comes(monkeypatch):
     pixels = np.arange(12 * 8, dtype=np.uint8).reshape(12, 8, 1).repeat(3, -1)
     for seed in range(10):
         torch.manual_seed(seed)
-        image, _ = segmentation.augment(pixels, np.zeros((12, 8), np.uint8), config)
+        image, _, _ = segmentation.augment(pixels, np.zeros((12, 8), np.uint8), config)
         torch.manual_seed(seed)
         torch.rand(())
         top = [(int(torch.randint(5, ())), torch.randint(1, ()))[0] for _ in range(11)][-1]
-        assert np.array_equal(as_bytes(image), pixels[top:top + 8])
+        assert np.array_equal(image, pixels[top:top + 8])

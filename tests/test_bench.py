@@ -59,6 +59,13 @@ def test_table_plot_and_numbers_agree(tmp_path, capsys, dtype):
     assert {shape for _, shape, *_ in rows} == {"tiny stage 1", "swin_t/s stage 1", "swin_t stage 1"}
 
 
+def test_the_report_on_stdout_is_that_of_the_file(tmp_path, capsys):
+    run(tmp_path, "--json")
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == json.loads((tmp_path / "bench.json").read_text())
+    assert "tiny stage 1" in printed.err
+
+
 def test_wrong_result_gets_no_time(tmp_path, monkeypatch):
     noisy = lambda v, *rest, **options: kernels.elsa_attention(v, *rest, **options) + 1e-2 * torch.randn_like(v)
     monkeypatch.setattr(providers, "elsa_attention", noisy)
@@ -144,6 +151,7 @@ def test_models(tmp_path, monkeypatch):
     (["--repeats", "-1"], "--repeats: got -1, expected at least 1"),
     (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     (["--device", "tpu"], "--device: got 'tpu', expected cpu"),
+    (["--level", "input", "--json"], "--json is for the times"),
     (["--out", "bench"], "--out: got bench, expected a name that ends in .json"),
     (["--tune", "--device", "cpu"], "--tune: got device cpu, expected a GPU"),
     pytest.param(["--compile-only", "--arch", "sm_91"], "--arch: got 'sm_91', expected one of sm_80",
@@ -159,7 +167,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message
 
 def test_what_needs_triton_says_so(monkeypatch, capsys):
     monkeypatch.setattr(backend, "HAS_TRITON", False)
-    for name in [name for name in sys.modules if name.split(".")[0] == "triton" or name == "kernels.compile"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton" or name == "eval.bench_compiled"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)  # an import of it fails
     assert main(["bench", "--compile-only"]) == 2

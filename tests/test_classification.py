@@ -90,8 +90,8 @@ def test_randaugment_matches_timm_operations():
         assert np.array_equal(np.asarray(operation(image, level, level)), np.asarray(theirs))
     shifts = (timm.shear_x, 0.27), (timm.shear_y, 0.27), (timm.translate_x_rel, 0.405), (timm.translate_y_rel, 0.405)
     for operation, (theirs, amount) in zip(augment.OPERATIONS[11:], shifts):
-        ours = operation(image, level, -level)
-        assert np.array_equal(np.asarray(ours), np.asarray(theirs(image, -amount, **bicubic)))
+        difference = np.asarray(operation(image, level, -level), int) - np.asarray(theirs(image, -amount, **bicubic))
+        assert np.abs(difference).max() <= 1 and np.count_nonzero(difference) < 10
 
 
 @pytest.mark.parametrize("size, crop_pct, short", [(32, 0.9, 35), (32, 1.0, 32), (24, 1.15, 20)])

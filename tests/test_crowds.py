@@ -9,6 +9,7 @@ from PIL import Image
 from test_mask_rcnn import NAMES, tiny
 from train import detection
 from train.config import Config
+from train.device import to_device
 
 
 @pytest.fixture
@@ -42,7 +43,8 @@ def test_photographs_of_crowds_alone_are_trained_on(folder, name):
                               "class thing has 3 photographs, too few to learn it well; expected 5 or more"]
     model = tiny(name).train()
     for indices in ((0, 1), (1, 1)):  # beside an object, and alone
-        batch = detection.collate([training[epoch, index] for epoch, index in enumerate(indices)])
+        samples = [training[epoch, index] for epoch, index in enumerate(indices)]
+        batch = to_device(detection.collate(samples), torch.device("cpu"))
         assert [len(target["boxes"]) for target in batch[2]][1] == 0
         model.zero_grad()
         loss = detection.loss(model, batch, config, None)

@@ -6,7 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from train import detection, segmentation
+from train.config import Config
 from train.device import autocast, peak_memory, precision, to_device
+from train.photographs import to_tensor
 from train.progress import Progress
 
 CPU = torch.device("cpu")
@@ -25,6 +28,23 @@ def test_batches_keep_their_structure():
     images, sizes, targets = to_device(batch, CPU)
     assert images.shape == (2, 3, 4, 4) and sizes == [[4, 4], [3, 4]]
     assert torch.equal(targets[0]["boxes"], torch.ones(1, 4)) and targets[0]["name"] == "a"
+
+
+@pytest.mark.parametrize("task", [detection, segmentation])
+def test_models_see_zeros_where_bytes_were_padded(task):
+    pixels = torch.randint(1, 255, (2, 32, 32, 3), dtype=torch.uint8)
+    sizes, labels, seen = [(20, 32), (32, 7)], torch.zeros(2, 32, 32, dtype=torch.int64), []
+    rest = (labels, sizes) if task is segmentation else (sizes, [])
+    logits = torch.zeros(2, 3, 32, 32)
+
+    def model(images, *_, **__):
+        seen.append(images)
+        return (logits, logits) if task is segmentation else {"loss": images.sum()}
+
+    task.loss(model, to_device((pixels, *rest), CPU), Config(), None)
+    for image, plain, (h, w) in zip(seen[0], pixels, sizes):
+        assert torch.equal(image[:, :h, :w], to_tensor(plain[:h, :w].numpy()))
+        assert not image[:, h:].any() and not image[:, :, w:].any()
 
 
 def test_memory_is_that_of_the_process(monkeypatch):

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import run
-from eval import bench, bench_input, compare, evaluate, export, predict
-from kernels import compile as compiler
+from eval import bench, bench_compiled, bench_input, compare, evaluate, export, predict
 from models import create_model, list_models
 from photographs import image_folder
 from train import loop
@@ -69,7 +68,7 @@ def test_every_command_is_understood(place, monkeypatch, capsys, page, words):
         raise Understood
     for module, name in ((loop, "train"), (evaluate, "run"), (predict, "load_model"), (export, "load_model"),
                          (compare, "Comparison"), (bench, "time_all"), (bench, "tune"), (bench_input, "main"),
-                         (compiler, "main")):
+                         (bench_compiled, "main")):
         monkeypatch.setattr(module, name, begins)
     monkeypatch.setattr(export, "FORMATS", dict.fromkeys(export.FORMATS, ()))  # whichever optional packages are there
     monkeypatch.chdir(place)

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.fsdp import fully_shard
 
-from kernels import elsa_attention
+from kernels import backend, elsa_attention
 from models.elsa import ELSA, LogitsProjection, Pointwise
 from published import GOLDEN, assert_close
 from train.state import TrainingState
@@ -163,6 +163,34 @@ def test_small_maps_alone_have_the_taps_of_a_pixel_side_by_side():
     for height, stride in ((4, 18), (5, 1), (6, 1)):  # 16, 20 and 24 pixels: those of one tap then
         logits = projection(torch.randn(2, height, 4, 8))
         assert logits.shape == (2, height, 4, 18) and logits.stride(2) == stride
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="Triton is not installed")
+def test_triton_kernels_get_logits_of_one_product(monkeypatch):
+    """Pixels of a tap side by side, of all images; the gradient of what it is made of needs no copy either."""
+    torch.manual_seed(0)
+    projection, z, grad = LogitsProjection(8, 18, window=20), torch.randn(2, 3, 4, 8), torch.randn(18, 2, 3, 4)
+    leaves = [z.requires_grad_(), *projection.parameters()]
+    want = F.linear(*leaves)
+    monkeypatch.setenv("ELSA_BACKEND", "triton")
+    logits = projection(z)
+    assert logits.shape == (2, 3, 4, 18) and logits.permute(3, 0, 1, 2).is_contiguous()
+    grads = torch.autograd.grad(logits, leaves, grad.permute(1, 2, 3, 0))
+    assert grads[0].is_contiguous()
+    wanted = torch.autograd.grad(want, leaves, grad.permute(1, 2, 3, 0))
+    for name, reference, result in zip(("logits", "dz", "dweight", "dbias"), (want, *wanted), (logits, *grads)):
+        assert_close(name, reference, result, 1e-6)
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("batch, whole", [(2 ** 15 - 1, True), (2 ** 15, False)])
+def test_logits_of_a_batch_of_2_to_the_31_lie_image_by_image(monkeypatch, batch, whole):
+    """The kernels take distances inside a sample, from tap to tap here, in 32 bits."""
+    monkeypatch.setenv("ELSA_BACKEND", "triton")
+    with torch.device("meta"):
+        logits = LogitsProjection(8, 16, window=9)(torch.empty(batch, 64, 64, 8))
+    assert logits.permute(3, 0, 1, 2).is_contiguous() == whole
+    assert logits.permute(0, 3, 1, 2).is_contiguous() != whole
 
 
 def test_saved_shapes_are_a_convolutions_and_both_are_loaded():

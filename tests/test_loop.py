@@ -9,13 +9,14 @@ from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from eval import imagenet
 from eval.tasks import task_of
 from photographs import ade_folder, coco_folder, image_folder
-from train import classification, loop
+from train import classification, loop, photographs
 from train.classification import mixed_cross_entropy
 from train.config import resolve
 from train.state import TrainingState
@@ -133,9 +134,9 @@ def test_best_is_of_the_selected_epoch(tmp_path, monkeypatch, select, epoch):
 def test_every_pass_of_every_epoch_draws_anew(tmp_path, monkeypatch):
     drawn, loss = [], classification.loss
 
-    def record(model, batch, config, rng):
-        drawn.append((rng.random(), torch.rand(()).item(), batch[0].sum().item()))
-        return loss(model, batch, config, rng)
+    def record(model, batch, config, seed):
+        drawn.append((np.random.default_rng(seed).random(), torch.rand(()).item(), batch[0].sum().item()))
+        return loss(model, batch, config, seed)
     monkeypatch.setattr(classification, "loss", record)
     train(tiny(out=str(tmp_path / "run"), epochs=2, accumulate=2))
     assert len(drawn) == 12 and all(len(set(column)) == 12 for column in zip(*drawn))
@@ -183,7 +184,7 @@ def test_a_loss_that_is_not_finite_names_its_images(tmp_path, config, folder, pa
     for guilty in (1, 2):
         passes = []
 
-        def loss(model, batch, config, rng):
+        def loss(model, batch, config, seed):
             passes.append(1)
             return sum(parameter.sum() for parameter in model.parameters()) * (math.nan if len(passes) == guilty else 0)
         options = dict(data=str(tmp_path / "data"), out=str(tmp_path / f"run{guilty}"), batch_size=4, accumulate=2,
@@ -203,7 +204,7 @@ def test_images_are_named_by_their_keys(tmp_path, monkeypatch):
 
         def __getitem__(self, key):
             image, label = super().__getitem__(key)
-            return image * (math.nan if key == (1, 5) else 1), label
+            return photographs.to_tensor(image.numpy()) * (math.nan if key == (1, 5) else 1), label
     monkeypatch.setattr(classification, "Scenes", Named)
     with pytest.raises(FloatingPointError, match=r"epoch 2.* is nan.*It is of (scene \d+, ){3}scene \d+\.") as error:
         train(tiny(out=str(tmp_path / "run"), accumulate=2))

@@ -42,7 +42,7 @@ def test_losses_are_of_the_models_precision_and_at_least_float32(name, amp, monk
         monkeypatch.setattr(nn.functional, function, lambda x, *rest, plain=plain, **options: given.append(x.dtype)
                             or losses.append(plain(x, *rest, **options)) or losses[-1])
     batch = {"classification": (images, torch.arange(4)),
-             "segmentation": (images, torch.randint(5, (4, 32, 32))),
+             "segmentation": (images, torch.randint(5, (4, 32, 32)), [(32, 32)] * 4),
              "detection": (images, [(32, 32)] * 4, [target((0, 3, 4, 20, 30), (2, 5, 10, 30, 31), H=32, W=32)] * 4)}
     if task.__name__ == "train.detection":
         for part in batch["detection"][2]:

@@ -11,7 +11,8 @@ from PIL import Image
 from photographs import ade_folder
 from train import segmentation
 from train.config import Config, resolve
-from train.photographs import MEAN, STD, fit_size, resize, to_tensor
+from train.device import clear_padding, to_device
+from train.photographs import fit_size, resize, to_tensor
 from train.schedule import learning_rate, total_steps
 from training import assert_resumes_bit_identically, segmenter, train
 
@@ -41,8 +42,8 @@ def test_sizes_are_the_published_ones(H, W, short, long, expected):
 
 def test_scene_labels_are_those_of_the_drawing():
     training, validation, classes = segmentation.datasets(Config(img_size=32, limit=20, val_limit=10))
-    image, labels = training[3, 5]
-    assert image.shape == (3, 32, 32) and 0 <= labels.min() and labels.max() < len(classes) == 9
+    image, labels, size = training[3, 5]
+    assert image.shape == (32, 32, 3) and size == (32, 32) and 0 <= labels.min() and labels.max() < len(classes) == 9
     assert not torch.equal(image, training[4, 5][0])
     views, held_out, _ = validation[5]
     assert views[0][0].shape == (3, 32, 32) and not torch.equal(held_out, labels)
@@ -112,12 +113,13 @@ def test_augmented_labels_follow_the_pixels(photos):
     config = Config(data=str(photos), img_size=32, resize=(0.5, 2.0))
     training, _, _ = segmentation.datasets(config)
     for epoch in range(8):
-        image, labels = training[epoch, 1]
-        assert image.shape == (3, 32, 32) and labels.shape == (32, 32) and labels.dtype == torch.int64
+        image, labels, _ = training[epoch, 1]
+        assert image.shape == (32, 32, 3) and image.dtype == torch.uint8
+        assert labels.shape == (32, 32) and labels.dtype == torch.int64
         assert torch.equal(image, training[epoch, 1][0]) and set(labels.unique().tolist()) <= {0, 1, 255}
         border = (labels != labels.roll(1, 1)).float()[None, None]
         inner = F.max_pool2d(border, 5, 1, 2)[0, 0] == 0  # away from borders of classes
-        redder = image[0] * STD[0] + MEAN[0] > image[1] * STD[1] + MEAN[1]
+        redder = image[..., 0] > image[..., 1]
         seen = inner & (labels != 255)
         hue_moved = (redder[seen] != (labels[seen] == 0)).float().mean()
         # Halves of one image can be told apart, whatever their hue.
@@ -132,9 +134,11 @@ def positions(H, W):
 
 
 def augmented(pixels, labels, monkeypatch, **options):
-    """Without changes of colour."""
+    """Without changes of colour -> (image, labels)."""
     monkeypatch.setattr(segmentation, "distort", lambda pixels, *drawn: pixels)
-    return segmentation.augment(pixels, labels, Config(**options))
+    image, labels, (h, w) = segmentation.augment(pixels, labels, Config(**options))
+    assert not image[h:].any() and not image[:, w:].any()
+    return image, labels
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -142,17 +146,19 @@ def test_resized_labels_are_those_of_the_pixels_above_left_of_them(monkeypatch, 
     pixels, labels = positions(40, 40)
     image, ours = augmented(pixels, labels, monkeypatch, img_size=48, resize=(1.0, 1.0), flip=flip)
     nearest = np.arange(48) * 40 // 48  # as OpenCV has it
-    expected, colours = labels[nearest][:, nearest], to_tensor(resize(pixels, (48, 48)))
+    expected, colours = labels[nearest][:, nearest], resize(pixels, (48, 48))
     if flip:
-        expected, colours = expected[:, ::-1], colours.flip(2)
-    assert torch.equal(image, colours) and np.array_equal(ours.numpy(), expected)
+        expected, colours = expected[:, ::-1], colours[:, ::-1]
+    assert np.array_equal(image, colours) and np.array_equal(ours.numpy(), expected)
 
 
 @pytest.mark.parametrize("H, W", [(16, 40), (40, 16), (24, 24)])
 def test_what_is_missing_at_the_right_and_below_is_grey_and_ignored(monkeypatch, H, W):
     pixels, labels = positions(H, W)
     ratio = min(H, W) / 48
-    image, ours = augmented(pixels, labels, monkeypatch, img_size=48, resize=(ratio, ratio), flip=0.0)
+    sample = augmented(pixels, labels, monkeypatch, img_size=48, resize=(ratio, ratio), flip=0.0)
+    images, ours, sizes = to_device(segmentation.collate([(*sample, (H, W))]), torch.device("cpu"))
+    image, ours = clear_padding(images, sizes) or images[0], ours[0]
     assert torch.equal(image[:, :H, :W], to_tensor(pixels)) and np.array_equal(ours[:H, :W].numpy(), labels)
     assert image.shape == (3, 48, 48) and not image[:, H:].any() and not image[:, :, W:].any()
     assert (ours[H:] == 255).all() and (ours[:, W:] == 255).all()
@@ -165,10 +171,10 @@ def test_crops_of_pixels_and_labels_are_one_rectangle(monkeypatch, flip):
     for seed in range(20):
         torch.manual_seed(seed)
         image, ours = augmented(pixels, labels, monkeypatch, img_size=20, resize=(2.0, 2.0), flip=flip)
-        image, ours = (image.flip(2), ours.flip(1)) if flip else (image, ours)
-        top, left = (round(float((image[c, 0, 0] * STD[c] + MEAN[c]) * 255)) for c in (0, 1))
+        image, ours = (image.flip(1), ours.flip(1)) if flip else (image, ours)
+        top, left = image[0, 0, :2].tolist()
         window = slice(top, top + 20), slice(left, left + 20)
-        assert torch.equal(image, to_tensor(pixels[window])) and np.array_equal(ours.numpy(), labels[window])
+        assert np.array_equal(image, pixels[window]) and np.array_equal(ours.numpy(), labels[window])
         corners.add((top, left))
     assert len(corners) > 15
 
@@ -179,7 +185,7 @@ def test_crops_are_drawn_from_all_places(monkeypatch):
     for seed in range(100):
         torch.manual_seed(seed)
         image, _ = augmented(pixels, labels, monkeypatch, img_size=20, resize=(1.1, 1.1), flip=0.0)
-        corners.add(tuple(round(float((image[c, 0, 0] * STD[c] + MEAN[c]) * 255)) for c in (0, 1)))
+        corners.add(tuple(image[0, 0, :2].tolist()))
     assert corners == {(top, left) for top in range(3) for left in range(4)}
 
 
@@ -249,7 +255,7 @@ def test_crops_nearly_all_of_one_class_are_drawn_again():
     shares = []
     for seed in range(60):
         torch.manual_seed(seed)
-        _, crop = segmentation.augment(pixels, labels, config)
+        _, crop, _ = segmentation.augment(pixels, labels, config)
         shares.append(max((crop == 0).float().mean().item(), (crop == 1).float().mean().item()))
     assert np.mean([share > 0.75 for share in shares]) < 0.1  # without the rule about half of them are
 
@@ -271,7 +277,8 @@ def test_auxiliary_logits_count_by_their_weight():
     parts = [segmentation.pixel_cross_entropy(x, labels).item() for x in (logits, auxiliary)]
     for weight in (0.0, 0.4, 1.0):
         config = segmenter(auxiliary_weight=weight)
-        loss = segmentation.loss(lambda images: (logits, auxiliary), (torch.zeros(1, 3, 3, 5), labels), config, None)
+        batch = torch.zeros(1, 3, 3, 5), labels, [(3, 5)]
+        loss = segmentation.loss(lambda images: (logits, auxiliary), batch, config, None)
         assert loss.item() == pytest.approx(parts[0] + weight * parts[1])
 
 

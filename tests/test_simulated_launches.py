@@ -83,6 +83,7 @@ def tuner(folder, capturing=False):
     with mock.patch.dict("os.environ", ELSA_CACHE_DIR=folder), contextlib.ExitStack() as stack:
         for module, name, value in (
                 (tuning, "launch", on_gpu), (tuning, "_table", None), (tuning, "_measures", True),
+                (tuning, "_stand_ins", {}),
                 (torch.cuda, "get_device_name", lambda _: "GPU"),
                 (torch.cuda, "is_current_stream_capturing", lambda: capturing)):
             stack.enter_context(mock.patch.object(module, name, value))

@@ -20,7 +20,8 @@ NOISE = ("backbone.norm0.bias", "backbone.norm1.bias")
 KEYS_BIAS = r"layers\.3\.blocks\.\d\.attn\.pre_proj\.bias"  # nor has its last third, of the keys, before a softmax
 COMMON = dict(attn="elsa", decay="published", amp="none", device="cpu", drop_path_rate=0.0)
 CONFIGS = {
-    "elsa_swin_tiny": dict(model="swin_t", num_classes=1000, weight_decay=0.05, clip_grad=5.0, label_smoothing=0.1),
+    "elsa_swin_tiny": dict(model="swin_t", num_classes=1000, weight_decay=0.05, clip_grad=5.0, label_smoothing=0.1,
+                           mixup=1.0),
     "volo_d1": dict(model="volo_d1", attn="outlook", num_classes=1000, img_size=112, weight_decay=0.05, mix_token=1.0,
                     dense_weight=0.5),
     "upernet_elsa_tiny_160k": dict(model="upernet_swin_t", num_classes=150, weight_decay=0.01,
@@ -58,7 +59,7 @@ def drawn(name):
     if name.startswith("upernet"):
         labels = torch.tensor(r.randint(0, 150, (3, 4, 16, 16)).repeat(8, -1).repeat(8, -2))
         labels[..., 40:56, 72:104] = 255
-        return lambda step: (images[step % 3], labels[step % 3])
+        return lambda step: (images[step % 3], labels[step % 3], [(128, 128)] * len(labels[0]))
     boxes, labels = torch.tensor(arrays["gt_boxes"]), torch.tensor(arrays["gt_labels"])
     masks = np.unpackbits(arrays["gt_masks_packed"], axis=-1).reshape(2, 2, 3, 128, 128)
     masks = torch.tensor(masks.astype(bool))

@@ -2,6 +2,7 @@
 import os
 from collections import Counter
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Subset
@@ -15,7 +16,7 @@ from train.device import autocast
 from train.draws import Draws
 from train.hub_data import HubImages
 from train.layout import photographs_of, scarce, suffixes, validation_part
-from train.photographs import left_out, load_image, to_tensor
+from train.photographs import left_out, load_image
 from train.shards import Shards
 from train.tokens import TokenLabels, dense_targets, draw_swap
 
@@ -53,13 +54,16 @@ def source(config, training, transform=None):
     return image_folder(config.data, training, transform)
 
 
-def loss(model, batch, config, rng):
+def loss(model, batch, config, seed):
     """Loss of one pass, a scalar.
 
-    batch: (images, labels), with token labels (images, labels, label maps, matrices). rng: numpy Generator.
+    batch: (images, labels), with token labels (images, labels, label maps, matrices). seed: for numpy's default_rng.
     """
     images, labels, *label_maps = batch
-    images, own = mix(images, config.mixup, config.cutmix, rng)
+    own = 1.0
+    if config.mixup or config.cutmix or config.erasing or config.mix_token:
+        rng = np.random.default_rng(seed)
+        images, own = mix(images, config.mixup, config.cutmix, rng)
     if config.erasing:  # after mixing, as published: noise is of full strength, and not shared with the partner
         images = erase(images, config.erasing, rng)
     inputs = [images]
@@ -109,13 +113,13 @@ def token_cross_entropy(logits, token_logits, labels, targets, own, label_smooth
 
 
 class Scenes(data.Scenes):
-    """Rendered scenes of one object: (image (3, size, size) float32, label)."""
+    """Rendered scenes of one object: (image (size, size, 3) uint8, label)."""
     classes = list(scenes.CLASSES)
     max_objects = 1
 
     def __getitem__(self, key):
         scene = self.draw(key)
-        return to_tensor(scene.image), scene.label
+        return torch.from_numpy(scene.image), scene.label
 
 
 class AugmentedPhotographs(Dataset):

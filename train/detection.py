@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from train import data, scenes
 from train.coco_folder import CocoFolder, run_lengths
-from train.device import autocast
+from train.device import autocast, clear_padding
 from train.layout import scarce
 from train.photographs import fit_size, resize, to_tensor
 
@@ -49,12 +49,13 @@ def validation_set(config):
     return Photographs(folder, config.img_size, config.val_limit), folder.classes
 
 
-def loss(model, batch, config, rng):
+def loss(model, batch, config, seed):
     """Sum of the detector's losses: a scalar.
 
-    batch: (images, sizes, targets), see collate. rng: not used.
+    batch: (images, sizes, targets), see collate. seed: not used.
     """
     images, sizes, targets = batch
+    clear_padding(images, sizes)
     with autocast(images.device, config.amp):
         losses = model(images, sizes, targets=targets)
     return sum(losses.values())
@@ -70,9 +71,8 @@ class Scenes(data.Scenes):
 
     def __getitem__(self, key):
         scene = self.draw(key)
-        image = to_tensor(scene.image)
         if not self.validation:
-            return image, scene.boxes, scene.labels, scene.masks, np.ones(len(scene.labels), bool)
+            return scene.image, scene.boxes, scene.labels, scene.masks, np.ones(len(scene.labels), bool)
         codes = rle.encode(np.asfortranarray(scene.masks.astype(np.uint8).transpose(1, 2, 0)))
         annotations = []
         for box, label, mask, code in zip(scene.boxes.tolist(), scene.labels.tolist(), scene.masks, codes):
@@ -80,7 +80,7 @@ class Scenes(data.Scenes):
             annotations.append({"image_id": key, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0],
                                 "area": float(mask.sum()), "iscrowd": 0, "segmentation": code})
         size = (self.size, self.size)
-        return pad(image), size, size, key, annotations
+        return pad(to_tensor(scene.image)), size, size, key, annotations
 
     def collate(self, samples):
         return collate(samples)
@@ -147,7 +147,7 @@ def photographs_with(folder):
 class AugmentedPhotographs(Dataset):
     """Photographs with annotations, as published also those with crowds alone, for training; keys (epoch, index).
 
-    Samples: image (3, h, w) float32, boxes (n, 4) float32, labels (n,) int64, masks (n, h, w) bool, has_mask (n,) bool,
+    Samples: image (h, w, 3) uint8, boxes (n, 4) float32, labels (n,) int64, masks (n, h, w) bool, has_mask (n,) bool,
     see objects(). notes: what is left out.
     """
 
@@ -192,7 +192,7 @@ def augment(pixels, boxes, labels, masks, config):
     low, high = config.resize
     pixels, boxes, masks = rescale(pixels, boxes, masks, config, low + (high - low) * int(torch.randint(11, ())) / 10)
     kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX).all(1)
-    return to_tensor(pixels), boxes[kept], labels[kept], masks[kept]
+    return pixels, boxes[kept], labels[kept], masks[kept]
 
 
 def rescale(pixels, boxes, masks, config, ratio):
@@ -221,14 +221,14 @@ def random_crop(pixels, boxes, labels, masks, config):
 
 
 def collate(samples):
-    """Samples -> images (N, 3, H, W) padded with zeros, their sizes [(h, w), ...], targets, a dict of boxes, labels,
-    masks and has_mask for each."""
-    sizes = [tuple(image.shape[1:]) for image, *_ in samples]
+    """Samples -> images (N, H, W, 3) uint8, padded, their sizes [(h, w), ...], targets, a dict of boxes, labels, masks
+    and has_mask for each."""
+    sizes = [image.shape[:2] for image, *_ in samples]
     H, W = (-(-max(sides) // SIZE_DIVISOR) * SIZE_DIVISOR for sides in zip(*sizes))
-    images, targets = torch.zeros(len(samples), 3, H, W), []
+    images, targets = torch.zeros(len(samples), H, W, 3, dtype=torch.uint8), []
     for i, (image, boxes, labels, masks, has_mask) in enumerate(samples):
         h, w = sizes[i]
-        images[i, :, :h, :w] = image
+        images[i, :h, :w] = torch.from_numpy(np.ascontiguousarray(image))
         padded = torch.zeros(len(masks), H, W, dtype=torch.bool)
         padded[:, :h, :w] = torch.from_numpy(np.ascontiguousarray(masks))
         boxes = torch.from_numpy(np.ascontiguousarray(boxes, np.float32))

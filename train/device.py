@@ -45,16 +45,24 @@ def to_device(batch, device):
 
 def normalised(images):
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, in the memory_format of its device. The bits are those of
-    torchvision's ToDtype and Normalize."""
-    mean, std = _constants(images.device)
+    photographs.to_tensor."""
+    white, mean, std = _constants(images.device)
     images = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format(images.device))
-    return images.mul_(1 / 255).sub_(mean).div_(std)
+    return images.div_(white).sub_(mean).div_(std)
+
+
+def clear_padding(images, sizes):
+    """Zeros, in place, right of and below each of the images (B, 3, H, W), whose sizes are [(h, w), ...]: where bytes
+    were padded there is no zero, once they are normalised."""
+    for image, (h, w) in zip(images, sizes, strict=True):
+        image[:, h:] = 0
+        image[:, :, w:] = 0
 
 
 @functools.cache
 def _constants(device):
     """Kept, for a copy to the device would be waited for."""
-    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD)]
+    return [torch.tensor(values, device=device).view(-1, 1, 1) for values in ([255.0], MEAN, STD)]
 
 
 def _moved(value, device):

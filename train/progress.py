@@ -18,10 +18,10 @@ class Progress:
 
     def step(self, loss, lr):
         self.done += 1
-        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}", refresh=False)
-        self.bar.update(self.batch_size)
-        now = time.perf_counter()
-        if self.bar.disable and not self.quiet and now - self.last_line > 10:
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}", refresh=False)
+            self.bar.update(self.batch_size)
+        elif not self.quiet and (now := time.perf_counter()) - self.last_line > 10:
             rate = (self.done - self.first) / (now - self.start)  # steps per second
             left = (self.total - self.done) / rate
             print(f"step {self.done}/{self.total}  loss {loss:.3f}  lr {lr:.1e}  {rate_of(rate * self.batch_size)} "

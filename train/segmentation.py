@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Subset
 from models.precision import widened
 from train import data, scenes
 from train.ade_folder import IGNORED, AdeFolder, label_map_size, named_classes
-from train.device import autocast
+from train.device import autocast, clear_padding
 from train.photographs import fit_size, resize, to_tensor
 
 ADE20K_CLASSES = 150
@@ -40,12 +40,13 @@ def validation_set(config, classes, ratios=(1.0,), flip=False):
     return Views(_photographs(config, "validation", classes, config.val_limit), config.img_size, ratios, flip)
 
 
-def loss(model, batch, config, rng):
+def loss(model, batch, config, seed):
     """Cross-entropy of the logits plus auxiliary_weight times that of the auxiliary ones: a scalar.
 
-    batch: (images, labels). rng: not used.
+    batch: (images, labels, sizes), see collate. seed: not used.
     """
-    images, labels = batch
+    images, labels, sizes = batch
+    clear_padding(images, sizes)
     with autocast(images.device, config.amp):
         logits, auxiliary = model(images)
     return pixel_cross_entropy(logits, labels) + config.auxiliary_weight * pixel_cross_entropy(auxiliary, labels)
@@ -62,14 +63,19 @@ def pixel_cross_entropy(logits, labels):
 class Scenes(data.Scenes):
     """Rendered scenes with their label maps; background is a class.
 
-    Training: (image (3, size, size) float32, labels (size, size) int64). Validation: as Views.
+    Training: as AugmentedPhotographs. Validation: as Views.
     """
     classes = ["background", *scenes.CLASSES]
 
     def __getitem__(self, key):
         scene = self.draw(key)
-        image, labels = to_tensor(scene.image), torch.from_numpy(scene.label_map.astype(np.int64))
-        return ([(image, False)], labels, f"scene{key}") if self.validation else (image, labels)
+        labels = torch.from_numpy(scene.label_map.astype(np.int64))
+        if self.validation:
+            return [(to_tensor(scene.image), False)], labels, f"scene{key}"
+        return torch.from_numpy(scene.image), labels, (self.size, self.size)
+
+    def collate(self, samples):
+        return collate(samples)
 
 
 def _photographs(config, split, classes, limit):
@@ -92,7 +98,7 @@ def class_names(config):
 
 
 class AugmentedPhotographs(Dataset):
-    """Photographs and label maps for training, keys (epoch, index): ((3, size, size) float32, (size, size) int64)."""
+    """Photographs and label maps for training, keys (epoch, index): see augment."""
 
     def __init__(self, photographs, config):
         self.photographs, self.config, self.notes = photographs, config, photographs.notes
@@ -109,11 +115,20 @@ class AugmentedPhotographs(Dataset):
         pixels, labels, _ = self.photographs[index]
         return data.with_generator((self.config.seed, epoch, index), augment, pixels, labels, self.config)
 
+    def collate(self, samples):
+        return collate(samples)
+
+
+def collate(samples):
+    """[(image, labels, size), ...] -> images (B, H, W, 3) uint8, labels (B, H, W) int64, sizes [(h, w), ...]."""
+    images, labels, sizes = zip(*samples)
+    return torch.stack(images), torch.stack(labels), list(sizes)
+
 
 def augment(pixels, labels, config):
     """Resize by a random ratio, crop, flip, distort colours, pad.
 
-    -> (image (3, size, size) float32, labels (size, size) int64)
+    -> (image (size, size, 3) uint8, labels (size, size) int64, (h, w) before padding)
     """
     size = config.img_size
     low, high = config.resize
@@ -130,9 +145,9 @@ def augment(pixels, labels, config):
     pixels = pixels[top:top + size, left:left + size]
     if torch.rand(()) < config.flip:
         pixels, crop = pixels[:, ::-1], crop.flip(1)
-    image = to_tensor(distort(pixels, *draw_distortion()))
+    image = torch.from_numpy(np.ascontiguousarray(distort(pixels, *draw_distortion())))
     padding = (0, size - crop.shape[1], 0, size - crop.shape[0])
-    return F.pad(image, padding), F.pad(crop, padding, value=IGNORED).long()
+    return F.pad(image, (0, 0, *padding)), F.pad(crop, padding, value=IGNORED).long(), tuple(crop.shape)
 
 
 def draw_distortion():

@@ -14,12 +14,12 @@ pytest.importorskip("triton")
 
 SCRIPT = """
 import json, sys, torch
-from kernels import compile
+from eval.bench_compiled import SHAPES, launches, resources
 target, dtype, shape, *only = sys.argv[1:]
-shapes = compile.SHAPES | {"heads of 256": (8, 8, 1, 256, 7, True, 64, 4)}
-for kernel, arguments, constants in compile.launches(shapes[shape], getattr(torch, dtype), target):
+shapes = SHAPES | {"heads of 256": (8, 8, 1, 256, 7, True, 64, 4)}
+for kernel, arguments, constants in launches(shapes[shape], getattr(torch, dtype), target):
     if kernel.__name__ in only or not only:
-        print(json.dumps([kernel.__name__, compile.resources(kernel, arguments, constants, target)]), flush=True)
+        print(json.dumps([kernel.__name__, resources(kernel, arguments, constants, target)]), flush=True)
 """
 AGGREGATION = ("forward_kernel", "dv_kernel", "dlogits_kernel", "dghost_kernel")
 PRODUCTS = ("hadamard_kernel", "dqk_kernel", "dweight_kernel")  # what runs on tensor cores

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import aggregation, convolution, tuning
+from kernels import aggregation, convolution, tuning
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
