@@ -110,13 +110,13 @@ def _dghost(args, go, lse, mul, add, needs):
 
 
 def candidates(per_thread, BLOCK_D, strips, *limits):
-    """Of the tuner; the first is taken where nothing can be measured: the larger, unless it leaves more of a program idle.
+    """Of the tuner; the first is taken where nothing can be measured: the larger tile, unless it leaves more idle.
 
     per_thread: channels of one strip that a thread has. strips: of a group of samples. limits: of registers a thread,
     see :func:`kernels.tuning.registers`.
     """
     tiles = [(max(1, per_thread * threads // BLOCK_D), threads // tuning.WARP_SIZE) for threads in (128, 64)]
-    tiles.sort(key=lambda tile: 16 * triton.cdiv(strips, tile[0]) * tile[0] // strips)  # a sixteenth more does not count
+    tiles.sort(key=lambda tile: 16 * triton.cdiv(strips, tile[0]) * tile[0] // strips)  # to a sixteenth
     return [dict(BLOCK_S=BLOCK_S, num_warps=num_warps, **tuning.registers(limit))
             for BLOCK_S, num_warps in tiles for limit in limits]
 
