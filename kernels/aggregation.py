@@ -115,7 +115,7 @@ def candidates(per_thread, BLOCK_D, strips, *limits):
     per_thread: channels of one strip that a thread has. strips: of a group of samples. limits: of registers a thread,
     see :func:`kernels.tuning.registers`.
     """
-    tiles = [(max(1, per_thread * threads // BLOCK_D), threads // tuning.WARP_SIZE) for threads in (128, 64)]
+    tiles = [(max(1, size // BLOCK_D), size // per_thread // tuning.WARP_SIZE) for size in (1024, 512)]
     tiles.sort(key=lambda tile: 16 * triton.cdiv(strips, tile[0]) * tile[0] // strips)  # to a sixteenth
     return [dict(BLOCK_S=BLOCK_S, num_warps=num_warps, **tuning.registers(limit))
             for BLOCK_S, num_warps in tiles for limit in limits]
