@@ -23,7 +23,7 @@ One letter means one thing in all files (argument names of the public functions 
     K               taps, kernel_size ** 2               t = (i, j)   tap, row and column of it in the window
     q, k, v         queries, keys, values                a            attention
     f               filter, a * mul + add                mul, add     ghost filters, lam and gamma applied
-    l, lse          logits, their log-sum-exp: max, log  r            kernel_size // 2
+    l, lse          logits, their log-sum-exp: max, -log r            kernel_size // 2
     h               q * k                                u, z         before and after GELU
     p; s            pixel of a strip or tile; strip      d.., go      gradient of ..; of out
     n; w            groups in a block; their width       o_jc         distance of the channels of a row's neighbours
@@ -32,7 +32,8 @@ One letter means one thing in all files (argument names of the public functions 
     STRIP      neighbouring pixels of a row that share what they load     BLOCK_S    strips of a program
     HEAD_DIM   channels of a head, padded to BLOCK_D                      BLOCK_P    pixels of a program
     CHANNELS   channels of a block of groups, padded to BLOCK_C           BLOCK_J    taps of a row in one product or sum
-    ACC        type of the sums                                           splits     parts of a sum, one a program
+    BLOCK_T    taps of a row, padded                                      ACC        type of the sums
+    groups     of samples that share programs                             splits     parts of a sum, one a program
     edge, pitch     zeros around an image; distance between its rows
 
     p_ pointers   b_ tiles in registers   o_ offsets   m_ masks   s_ strides in elements

@@ -6,7 +6,9 @@ import triton.language as tl
 from . import tuning
 from .aggregation_kernels import dghost_kernel, dlogits_kernel, dv_kernel, forward_kernel
 
-SPLIT_SIZE = 1024  # strips that one program of dghost_kernel sums
+GROUP_SIZE = 4096  # pixels of several small samples that programs share
+SPLIT_SIZE = 512  # strips that one program of dghost_kernel sums
+INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
 MAX_BLOCK_J = 7  # taps of a row: sums for eight channels of each of seven are what a thread can hold
 
 
@@ -28,7 +30,7 @@ def forward(v, logits, mul, add, kernel_size, dilation, stride, normalize):
             *args.sizes, kernel_size, *args.v_strides, *args.logits_strides, args.mul_stride, args.add_stride,
             **args.constants, **args.flags, **config)
 
-    tuning.launch(forward_kernel, args.key, candidates(args.constants["BLOCK_D"], None, 255), launch, v.device)
+    tuning.launch(forward_kernel, args.key, args.candidates(args.Ho, args.Wo, None, 255), launch, v.device)
     return out, lse
 
 
@@ -55,7 +57,7 @@ def _dv(args, go, lse):
             *args.sizes, args.kernel_size, *args.logits_strides, args.mul_stride, args.add_stride,
             **args.constants, **args.flags, **config)
 
-    tuning.launch(dv_kernel, args.key, candidates(args.constants["BLOCK_D"], None), launch, go.device)
+    tuning.launch(dv_kernel, args.key, args.candidates(args.H, args.W, None), launch, go.device)
     return dv
 
 
@@ -63,41 +65,43 @@ def _dlogits(args, go, lse, logits):
     result = torch.empty_like(logits)
     dlogits = result if _pixel_strides(result) else torch.empty(logits.shape, dtype=logits.dtype, device=go.device)
     strides = _pixel_strides(dlogits)
-    flags = {name: args.flags[name] for name in ("NORMALIZE", "MUL", "ACC")}
+    flags = {name: args.flags[name] for name in ("NORMALIZE", "MUL", "ACC", "PAIRS")}
 
     def launch(**config):
         dlogits_kernel[args.grid(args.Ho, args.Wo, config)](
             args.v, go, args.logits, args.mul, lse, dlogits,
             *args.sizes, args.kernel_size, *args.v_strides, *args.logits_strides, *strides, args.mul_stride,
-            **args.constants, **flags, **config)
+            **args.constants, **flags, BLOCK_T=triton.next_power_of_2(args.kernel_size), **config)
 
-    tuning.launch(dlogits_kernel, args.key, candidates(args.constants["BLOCK_D"], 255), launch, go.device)
+    tuning.launch(dlogits_kernel, args.key, args.candidates(args.Ho, args.Wo, 255), launch, go.device)
     return result if dlogits is result else result.copy_(dlogits)
 
 
 def _dghost(args, go, lse, mul, add, needs):
     kernel_size = args.kernel_size
-    strips = args.Ho * triton.cdiv(args.Wo, args.constants["STRIP"])
+    strips = args.strips(args.Ho, args.Wo)
     num_splits = triton.cdiv(strips, SPLIT_SIZE)
     split_size = triton.cdiv(strips, num_splits)
+    groups = triton.cdiv(args.B, args.num_samples)
     BLOCK_J = triton.cdiv(kernel_size, triton.cdiv(kernel_size, MAX_BLOCK_J))
     blocks_per_row = triton.cdiv(kernel_size, BLOCK_J)
-    shape = args.B, num_splits, kernel_size, blocks_per_row * BLOCK_J, args.C
+    shape = groups, num_splits, kernel_size, blocks_per_row * BLOCK_J, args.C
     parts = [torch.empty(shape, dtype=args.accumulator, device=go.device) if need else args.nothing for need in needs]
-    flags = dict(args.flags, MUL=needs[0], ADD=needs[1], NARROW=args.Wo < args.constants["STRIP"])
+    flags = dict(args.flags, MUL=needs[0], ADD=needs[1])
 
     def launch(**config):
-        dghost_kernel[(args.B * num_splits * kernel_size * blocks_per_row, args.G)](
+        dghost_kernel[(groups * num_splits * kernel_size * blocks_per_row, args.G)](
             args.v, go, args.logits, lse, *parts,
             *args.sizes, split_size, num_splits, *args.v_strides, *args.logits_strides,
             **args.constants, **flags, BLOCK_J=BLOCK_J, **config)
 
-    configs = tuning.for_sums_over_pixels(candidates(args.constants["BLOCK_D"], 255))
+    configs = tuning.for_sums_over_pixels(args.candidates(args.Ho, args.Wo, 255))
     tuning.launch(dghost_kernel, dict(args.key, dmul=needs[0], dadd=needs[1]), configs, launch, go.device)
     grads = []
     for need, part, ghost in zip(needs, parts, (mul, add)):
         if need:
-            # (B, num_splits, kernel_size, kernel_size.., C) -> (C, kernel_size, kernel_size), with a B where it had one
+            # (groups, num_splits, kernel_size, kernel_size.., C) -> (C, kernel_size, kernel_size), before it the groups
+            # where each is a sample with a filter of its own
             grad = part[:, :, :, :kernel_size].sum((0, 1) if ghost.ndim == 3 else 1)
             grads.append(grad.movedim(-1, -3).contiguous().to(ghost.dtype))
         else:
@@ -105,15 +109,16 @@ def _dghost(args, go, lse, mul, add, needs):
     return grads
 
 
-def candidates(BLOCK_D, *limits):
-    """Of the tuner; the first is taken where nothing can be measured.
+def candidates(per_thread, BLOCK_D, strips, *limits):
+    """Of the tuner; the first is taken where nothing can be measured: the larger tile, unless it leaves more idle.
 
-    A thread has eight channels of one strip, which are one 16-byte load of 16-bit values.
-    limits: of registers a thread, see :func:`kernels.tuning.registers`.
+    per_thread: channels of one strip that a thread has. strips: of a group of samples. limits: of registers a thread,
+    see :func:`kernels.tuning.registers`.
     """
-    return [
-        dict(BLOCK_S=max(1, 8 * threads // BLOCK_D), num_warps=threads // tuning.WARP_SIZE, **tuning.registers(limit))
-        for threads in (128, 64) for limit in limits]
+    tiles = [(max(1, size // BLOCK_D), size // per_thread // tuning.WARP_SIZE) for size in (1024, 512)]
+    tiles.sort(key=lambda tile: 16 * triton.cdiv(strips, tile[0]) * tile[0] // strips)  # to a sixteenth
+    return [dict(BLOCK_S=BLOCK_S, num_warps=num_warps, **tuning.registers(limit))
+            for BLOCK_S, num_warps in tiles for limit in limits]
 
 
 class _LaunchArguments:
@@ -124,7 +129,6 @@ class _LaunchArguments:
         self.kernel_size = kernel_size
         self.Ho, self.Wo = self.H // stride, self.W // stride
         self.G = 1 if logits is None else logits.shape[1] // kernel_size ** 2
-        self.sizes = (self.H, self.W, self.Ho, self.Wo, self.G)
         double = v.dtype == torch.float64
         self.accumulator = torch.float64 if double else torch.float32
         self.nothing = torch.empty(0, dtype=self.accumulator, device=v.device)
@@ -141,20 +145,35 @@ class _LaunchArguments:
             # From max(H, W) on every tap beside the centre is outside; its distance has to fit into 32 bits.
             KERNEL_SIZE=kernel_size, DILATION=min(dilation, max(self.H, self.W)), STRIDE=stride,
             HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
-            STRIP=4 if dilation == stride == 1 and not double else 1,  # neighbours share pixels only when both are 1
+            # Neighbours share pixels only when both are 1; and no strip is longer than a row.
+            STRIP=4 if dilation == stride == 1 and not double and self.W >= 4 else 1,
             enable_fp_fusion=True)  # without it, the default from Triton 3.10 on, a multiply-add is two instructions
+        # Small samples share programs, unless each has filters of its own.
+        static = all(ghost is None or ghost.ndim == 3 for ghost in (mul, add))
+        self.num_samples = min(self.B, max(1, GROUP_SIZE // (self.Ho * self.Wo))) if static else 1
+        self.sizes = (self.B, self.num_samples, self.H, self.W, self.Ho, self.Wo, self.G)
         self.flags = dict(
             ATTENTION=logits is not None, NORMALIZE=normalize and logits is not None,
             MUL=mul is not None, ADD=add is not None,
-            ACC=tl.float64 if double else tl.float32)
+            ACC=tl.float64 if double else tl.float32,
+            PAIRS=v.dtype == torch.bfloat16 and tuning.WARP_SIZE == 32 and not INTERPRETED)
         self.key = dict(
             dtype=str(v.dtype)[6:], k=kernel_size, dilation=dilation, stride=stride, heads=self.G, width=head_dim,
             batch=triton.next_power_of_2(self.B), pixels=triton.next_power_of_2(max(1, self.Ho * self.Wo)),
             mul=mul is not None, add=add is not None, attn=logits is not None, normalize=self.flags["NORMALIZE"],
             channels_first=self.logits_strides[2] == 1)
 
+    def strips(self, H, W):
+        """Of a group of samples."""
+        return self.num_samples * H * triton.cdiv(W, self.constants["STRIP"])
+
+    def candidates(self, H, W, *limits):
+        # Eight channels are one 16-byte load of 16-bit values; as many sums of float64 would not fit into registers.
+        per_thread = 4 if self.accumulator == torch.float64 else 8
+        return candidates(per_thread, self.constants["BLOCK_D"], self.strips(H, W), *limits)
+
     def grid(self, H, W, config):
-        return self.B * triton.cdiv(H * triton.cdiv(W, self.constants["STRIP"]), config["BLOCK_S"]), self.G
+        return triton.cdiv(self.B, self.num_samples) * triton.cdiv(self.strips(H, W), config["BLOCK_S"]), self.G
 
     def _taps_first(self, ghost):
         """(..., C, kernel_size, kernel_size) -> (..., K, C), and the stride from sample to sample.

@@ -1,6 +1,6 @@
 """ELSA's aggregation in Triton: one forward kernel, three backward kernels; aggregation.py launches them.
 
-A program computes BLOCK_S strips of one head of one sample. It walks over the rows of the window in a loop and over its
+A program computes BLOCK_S strips of one head. It walks over the rows of the window in a loop and over its
 columns unrolled, see window.py. Sums are float32 (float64 for float64 input). Nothing is added atomically: dv gathers
 from the output pixels that read it, and the filters' gradients are partial sums, one per program.
 
@@ -11,14 +11,17 @@ import triton
 import triton.language as tl
 
 from .window import (
+    both,
+    columns,
+    corner_of_window,
+    inside,
     load_attention,
+    load_channels,
     load_filter,
     load_ghosts,
     load_log_sum_exp,
-    load_pixel,
     log_sum_exp,
     reading_pixel,
-    row_of_window,
     strips,
     sum_over_taps,
 )
@@ -26,56 +29,54 @@ from .window import (
 
 @triton.jit
 def forward_kernel(p_v, p_logits, p_mul, p_add, p_out, p_lse,
-                   H, W, Ho, Wo, G, num_rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_mul, s_add,
+                   B, num_samples, H, W, Ho, Wo, G, num_rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_mul, s_add,
                    KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
                    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr,
-                   MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
+                   MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr,
                    STRIP: tl.constexpr, BLOCK_S: tl.constexpr):
     """out (B, Ho, Wo, C) and, with NORMALIZE, the softmax's log-sum-exp in two parts, lse (B, G, 2, Ho * Wo).
 
         max    = max_t logits[b, g, t, y, x]                                   for each b, g and output pixel (y, x)
-        log    = log2 sum_t exp(logits[b, g, t, y, x] - max)
-        a[t]   = exp(logits[b, g, t, y, x] - max) / 2**log                     (K,)
+        log    = -log2 sum_t exp(logits[b, g, t, y, x] - max)
+        a[t]   = exp(logits[b, g, t, y, x] - max) * 2**log                     (K,)
         f[t]   = a[t] * mul[t] + add[t]                                        (K, HEAD_DIM), of head g
         out    = sum over t = (i, j) of f[t] * v[b, y * STRIDE + (i-r) * DILATION, x * STRIDE + (j-r) * DILATION, g]
     """
-    b, g, o_y, o_x = strips(Ho, Wo, STRIP, BLOCK_S, False)
+    first_b, b, o_y, o_x, o_new = strips(B, num_samples, Ho, Wo, STRIP, BLOCK_S, False)
+    g = tl.program_id(1)
     o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < HEAD_DIM
+    m_d = None if HEAD_DIM == BLOCK_D else o_d < HEAD_DIM
     o_p = o_y * Wo + o_x  # of each strip's first pixel
     C = G * HEAD_DIM
 
-    p_logits += b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc
-    m_p = ()
     b_max = ()
     b_out = ()
     for p in tl.static_range(STRIP):
-        m_p = m_p + ((o_y < Ho) & (o_x + p < Wo),)
         b_out = b_out + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
         b_max = b_max + (tl.zeros([BLOCK_S], dtype=ACC),)
     b_log = b_max
     if NORMALIZE:
-        p_lse += (b * G + g) * (2 * Ho * Wo)
-        b_max, b_log = log_sum_exp(p_logits, s_lc, s_lp, p_lse, Ho, Wo, num_rows, KERNEL_SIZE, STRIP, BLOCK_S, ACC)
+        b_max, b_log = log_sum_exp(p_logits, p_lse, B, num_samples, Ho, Wo, G, num_rows, s_lb, s_lc, s_lp,
+                                   KERNEL_SIZE, STRIP, BLOCK_S, ACC)
 
-    p_l = p_logits + o_p * s_lp  # [BLOCK_S]
+    p_l = p_logits + b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc + o_p * s_lp  # [BLOCK_S]
     p_v += b * s_vb + g * HEAD_DIM
-    p_mul += b * s_mul + g * HEAD_DIM + o_d
-    p_add += b * s_add + g * HEAD_DIM + o_d
-    b_out = sum_over_taps(b_out, p_v, p_l, p_mul, p_add, b_max, b_log, m_p, o_y, o_x, o_d, m_d, H, W, Ho, C, num_rows,
+    p_mul += first_b * s_mul + g * HEAD_DIM + o_d
+    p_add += first_b * s_add + g * HEAD_DIM + o_d
+    b_out = sum_over_taps(b_out, p_v, p_l, p_mul, p_add, b_max, b_log, o_y, o_x, o_d, m_d, H, W, C, num_rows,
                           s_vy, s_vx, s_lc, s_lp,
-                          KERNEL_SIZE, DILATION, STRIDE, ATTENTION, NORMALIZE, MUL, ADD, ACC, STRIP)
+                          KERNEL_SIZE, DILATION, STRIDE, ATTENTION, NORMALIZE, MUL, ADD, ACC, PAIRS, STRIP)
     for p in tl.static_range(STRIP):
-        p_o = (p_out + b * Ho * Wo * C + g * HEAD_DIM + (o_p + p) * C)[:, None] + o_d[None, :]
-        tl.store(p_o, b_out[p], mask=m_p[p][:, None] & m_d[None, :])
+        p_o = (p_out + b * (Ho * Wo * C) + g * HEAD_DIM + (o_p + p) * C)[:, None] + o_d[None, :]
+        tl.store(p_o, b_out[p], mask=both(o_x + p >= o_new, m_d))
 
 
 @triton.jit
 def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
-              H, W, Ho, Wo, G, num_rows, s_lb, s_lc, s_lp, s_mul, s_add,
+              B, num_samples, H, W, Ho, Wo, G, num_rows, s_lb, s_lc, s_lp, s_mul, s_add,
               KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
               HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr,
-              MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
+              MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr,
               STRIP: tl.constexpr, BLOCK_S: tl.constexpr):
     """dv (B, H, W, C): each input pixel gathers from the output pixels that read it.
 
@@ -85,190 +86,212 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
 
     The window is that of the forward pass, mirrored: from left to right its pixels read (y, x) as the last tap first.
     """
-    b, g, o_y, o_x = strips(H, W, STRIP, BLOCK_S, False)
+    first_b, b, o_y, o_x, o_new = strips(B, num_samples, H, W, STRIP, BLOCK_S, False)
+    g = tl.program_id(1)
     o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < HEAD_DIM
+    m_d = None if HEAD_DIM == BLOCK_D else o_d < HEAD_DIM
     C = G * HEAD_DIM
 
     p_logits += b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc
     p_lse += (b * G + g) * (2 * Ho * Wo)
-    p_go += b * Ho * Wo * C + g * HEAD_DIM
-    p_mul += b * s_mul + g * HEAD_DIM + o_d
-    p_add += b * s_add + g * HEAD_DIM + o_d
+    p_go += b * (Ho * Wo * C) + g * HEAD_DIM
+    p_mul += first_b * s_mul + g * HEAD_DIM + o_d
+    p_add += first_b * s_add + g * HEAD_DIM + o_d
     b_dv = ()
     for p in tl.static_range(STRIP):
         b_dv = b_dv + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
     for i in range(num_rows):
         o_out_y = o_y - (i - KERNEL_SIZE // 2) * DILATION
-        m_y = (o_y < H) & (o_out_y >= 0)
+        m_y = inside(o_out_y // STRIDE, Ho)
         if STRIDE > 1:
             m_y &= o_out_y % STRIDE == 0
             o_out_y = o_out_y // STRIDE
-        m_y &= o_out_y < Ho
         # The window; these tiles leave it before they are used.
         b_go, b_max, m_out = (b_dv[0],), (tl.zeros([BLOCK_S], dtype=ACC),), (m_y,)
         b_log = b_max
+        t = (i + 1) * KERNEL_SIZE - 1  # the row's last tap
+        p_m, p_a = p_mul + t * C, p_add + t * C
+        o_out = o_out_y * Wo + o_x - KERNEL_SIZE // 2 * DILATION
+        p_g, p_s, p_l = reading_pixel(p_go, p_lse, p_logits + t * s_lc, o_out, o_d, C, s_lp)
         for column in tl.static_range(STRIP - 1 + KERNEL_SIZE):
-            o_out, right, m_new = reading_pixel(o_out_y, o_x, column - KERNEL_SIZE // 2, m_y, Wo, DILATION, STRIDE)
-            p_new = (p_go + o_out * C)[:, None] + o_d[None, :] + right * C
-            b_go = b_go + (tl.load(p_new, mask=m_new[:, None] & m_d[None, :], other=0.0).to(ACC),)
-            m_out = m_out + (m_new,)
+            o_out_x = o_x + (column - KERNEL_SIZE // 2) * DILATION
+            m_new = m_y & inside(o_out_x // STRIDE, Wo)
+            if STRIDE > 1:  # and STRIP 1
+                m_new &= o_out_x % STRIDE == 0
+                o_out_x = o_out_x // STRIDE
+                o_out = o_out_y * Wo + o_out_x
+                p_g, p_s, p_l = reading_pixel(p_go, p_lse, p_logits + (t - column) * s_lc, o_out, o_d, C, s_lp)
+            b_go, m_out = b_go + (load_channels(p_g, m_new, m_d, ACC, PAIRS),), m_out + (m_new,)
             if NORMALIZE:
-                b_m, b_l = load_log_sum_exp(p_lse + o_out + right, Ho * Wo, m_new)
+                b_m, b_l = load_log_sum_exp(p_s, Ho * Wo, m_new)
                 b_max, b_log = b_max + (b_m,), b_log + (b_l,)
             else:
                 b_max, b_log = b_max + (b_max[0],), b_log + (b_log[0],)
             if column >= STRIP - 1:  # the window is full: of tap j = KERNEL_SIZE - 1 - (column - (STRIP - 1))
                 b_go, b_max, b_log, m_out = b_go[1:], b_max[1:], b_log[1:], m_out[1:]
-                t = i * KERNEL_SIZE + KERNEL_SIZE + STRIP - 2 - column
-                b_mul, b_add = load_ghosts(p_mul, p_add, m_d, t * C, MUL, ADD, ACC)
+                b_mul, b_add = load_ghosts(p_m, p_a, m_d, MUL, ADD)
                 for p in tl.static_range(STRIP):
-                    p_l = p_logits + o_out * s_lp + (right - (STRIP - 1 - p)) * s_lp + t * s_lc
-                    b_f = load_filter(p_l, b_mul, b_add, b_max[p], b_log[p], m_out[p],
+                    b_f = load_filter(p_l + (p - (STRIP - 1)) * s_lp, m_out[p], b_mul, b_add, b_max[p], b_log[p],
                                       ATTENTION, NORMALIZE, MUL, ADD, ACC)
                     # [BLOCK_S, BLOCK_D] * [1 or BLOCK_S, 1 or BLOCK_D] -> [BLOCK_S, BLOCK_D]
                     b_dv = b_dv[:p] + (b_dv[p] + b_go[p] * b_f,) + b_dv[p + 1:]
+                p_l, p_m, p_a = p_l - s_lc, p_m - C, p_a - C
+            p_g, p_s, p_l = p_g + DILATION * C, p_s + DILATION, p_l + DILATION * s_lp
     for p in tl.static_range(STRIP):
-        p_o = (p_dv + b * H * W * C + g * HEAD_DIM + (o_y * W + o_x + p) * C)[:, None] + o_d[None, :]
-        tl.store(p_o, b_dv[p], mask=((o_y < H) & (o_x + p < W))[:, None] & m_d[None, :])
+        p_o = (p_dv + b * (H * W * C) + g * HEAD_DIM + (o_y * W + o_x + p) * C)[:, None] + o_d[None, :]
+        tl.store(p_o, b_dv[p], mask=both(o_x + p >= o_new, m_d))
 
 
 @triton.jit
 def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
-                   H, W, Ho, Wo, G, num_rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_db, s_dc, s_dp, s_mul,
+                   B, num_samples, H, W, Ho, Wo, G, num_rows, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp, s_db, s_dc, s_dp,
+                   s_mul,
                    KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
                    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
-                   MUL: tl.constexpr, ACC: tl.constexpr,
-                   STRIP: tl.constexpr, BLOCK_S: tl.constexpr):
+                   MUL: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr,
+                   STRIP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr):
     """dlogits, laid out as logits are.
 
         a[t]       = as in the forward pass                                    for each b, g and output pixel (y, x)
         da[t]      = sum over the head's channels of go * v(tap t) * mul[t]    (K,)
-        inner      = sum over the head's channels of go * (sum_t a[t] * mul[t] * v(tap t)), which is sum_t a[t] * da[t]
-        dlogits[t] = a[t] * (da[t] - inner)                                    (K,); without NORMALIZE da[t]
+        dlogits[t] = a[t] * (da[t] - sum_t a[t] * da[t])                       (K,); without NORMALIZE da[t]
 
-    So a first walk over the taps, for inner, needs one multiply-add per tap and channel and no reduction.
+    All of da stays in registers. A sum over channels ends in every thread that has some of them. Each keeps it for one
+    of its strip's pixels, so that with heads of 32 channels a thread ends up with all taps of one pixel.
     """
-    b, g, o_y, o_x = strips(Ho, Wo, STRIP, BLOCK_S, False)
+    first_b, b, o_y, o_x, o_new = strips(B, num_samples, Ho, Wo, STRIP, BLOCK_S, False)
+    g = tl.program_id(1)
     o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < HEAD_DIM
+    m_d = None if HEAD_DIM == BLOCK_D else o_d < HEAD_DIM
     o_p = o_y * Wo + o_x
     C = G * HEAD_DIM
 
-    p_l = p_logits + b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc + o_p * s_lp
-    p_dl = p_dlogits + b * s_db + g * (KERNEL_SIZE * KERNEL_SIZE) * s_dc + o_p * s_dp
     p_v += b * s_vb + g * HEAD_DIM
-    p_mul += b * s_mul + g * HEAD_DIM + o_d
-    m_p, b_go, b_max, b_log, b_inner, b_attended = (), (), (), (), (), ()
+    p_mul += first_b * s_mul + g * HEAD_DIM + o_d
+    o_slot = tl.arange(0, STRIP * BLOCK_T)  # pixel o_slot // BLOCK_T of a strip and tap o_slot % BLOCK_T of a row
+    b_go, b_da = (), ()
     for p in tl.static_range(STRIP):
-        m = (o_y < Ho) & (o_x + p < Wo)
-        m_p = m_p + (m,)
-        p_g = (p_go + b * Ho * Wo * C + g * HEAD_DIM + (o_p + p) * C)[:, None] + o_d[None, :]
-        b_go = b_go + (tl.load(p_g, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC),)
-        b_inner = b_inner + (tl.zeros([BLOCK_S], dtype=ACC),)
-        b_attended = b_attended + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
-        if NORMALIZE:
-            b_m, b_l = load_log_sum_exp(p_lse + (b * G + g) * (2 * Ho * Wo) + o_p + p, Ho * Wo, m)
-            b_max, b_log = b_max + (b_m,), b_log + (b_l,)
-    if NORMALIZE:
-        b_attended = sum_over_taps(b_attended, p_v, p_l, p_mul, p_mul, b_max, b_log, m_p, o_y, o_x, o_d, m_d,
-                                   H, W, Ho, C, num_rows, s_vy, s_vx, s_lc, s_lp,
-                                   KERNEL_SIZE, DILATION, STRIDE, True, True, MUL, False, ACC, STRIP)
-        b_inner = ()
-        for p in tl.static_range(STRIP):
-            # sum over channels of [BLOCK_S, BLOCK_D] * [BLOCK_S, BLOCK_D] -> [BLOCK_S]
-            b_inner = b_inner + (tl.sum(b_go[p] * b_attended[p], axis=1),)
+        p_g = (p_go + b * (Ho * Wo * C) + g * HEAD_DIM + (o_p + p) * C)[:, None] + o_d[None, :]
+        b_go = b_go + (load_channels(p_g, o_y >= 0, m_d, ACC, PAIRS),)
+    for row in tl.static_range(KERNEL_SIZE):
+        b_da = b_da + (tl.zeros([BLOCK_S, STRIP * BLOCK_T], dtype=ACC),)
+    p_row, o_vy, o_vx = corner_of_window(p_v, o_y, o_x, o_d, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
     for i in range(num_rows):
-        p_row, m_y = row_of_window(p_v, o_y, o_x, o_d, i, H, Ho, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
-        b_v = (b_attended[0],)  # the window, as in sum_over_taps
+        b_v, p_pixel, b_row = (b_go[0],), p_row, b_da[0]  # the window, as in sum_over_taps; all of b_row is replaced
         for column in tl.static_range(STRIP - 1 + KERNEL_SIZE):
-            b_v = b_v + (load_pixel(p_row, o_x * STRIDE, column - KERNEL_SIZE // 2, DILATION, s_vx, W, m_y, m_d, ACC),)
+            m_v = inside(o_vy, H) & inside(o_vx + column * DILATION, W)
+            b_v = b_v + (load_channels(p_pixel, m_v, m_d, ACC, PAIRS),)
+            p_pixel += DILATION * s_vx
             if column >= STRIP - 1:
                 b_v = b_v[1:]
-                t = i * KERNEL_SIZE + column - (STRIP - 1)
-                b_mul, _ = load_ghosts(p_mul, p_mul, m_d, t * C, MUL, False, ACC)
+                b_mul, _ = load_ghosts(p_mul, p_mul, m_d, MUL, False)
+                p_mul += C
                 for p in tl.static_range(STRIP):
                     b_product = b_go[p] * b_v[p]  # [BLOCK_S, BLOCK_D] * [BLOCK_S, BLOCK_D] -> [BLOCK_S, BLOCK_D]
                     if MUL:
                         b_product *= b_mul
-                    b_dl = tl.sum(b_product, axis=1)  # [BLOCK_S]
-                    if NORMALIZE:
-                        b_a = load_attention(p_l + t * s_lc + p * s_lp, b_max[p], b_log[p], m_p[p], True, ACC)
-                        b_dl = b_a * (b_dl - b_inner[p])
-                    tl.store(p_dl + t * s_dc + p * s_dp, b_dl, mask=m_p[p])
+                    slot = p * BLOCK_T + column - (STRIP - 1)
+                    b_row = tl.where(o_slot[None, :] == slot, tl.sum(b_product, axis=1)[:, None], b_row)
+        for row in tl.static_range(KERNEL_SIZE):
+            b_da = b_da[:row] + (tl.where(i == row, b_row, b_da[row]),) + b_da[row + 1:]
+        p_row, o_vy = p_row + DILATION * s_vy, o_vy + DILATION
+
+    _, b, o_y, o_x, o_new = strips(B, num_samples, Ho, Wo, STRIP, BLOCK_S, True)
+    o_p = o_y * Wo + o_x
+    p_l = p_logits + b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc + o_p * s_lp
+    p_dl = p_dlogits + b * s_db + g * (KERNEL_SIZE * KERNEL_SIZE) * s_dc + o_p * s_dp
+    b_inner, b_a, b_dl = tl.zeros([BLOCK_S * STRIP], dtype=ACC), (), ()
+    if NORMALIZE:
+        b_max, b_log = load_log_sum_exp(p_lse + (b * G + g) * (2 * Ho * Wo) + o_p, Ho * Wo, None)
+    for row in tl.static_range(KERNEL_SIZE):
+        b_row = columns(tl.reshape(b_da[row], [BLOCK_S * STRIP, BLOCK_T]), BLOCK_T)
+        for j in tl.static_range(KERNEL_SIZE):
+            b_dl = b_dl + (b_row[j],)
+            if NORMALIZE:
+                b_a = b_a + (load_attention(p_l, None, b_max, b_log, True, ACC),)
+                b_inner += b_a[row * KERNEL_SIZE + j] * b_row[j]
+                p_l += s_lc
+    for t in tl.static_range(KERNEL_SIZE * KERNEL_SIZE):
+        if NORMALIZE:
+            tl.store(p_dl, b_a[t] * (b_dl[t] - b_inner), mask=o_x >= o_new)
+        else:
+            tl.store(p_dl, b_dl[t], mask=o_x >= o_new)
+        p_dl += s_dc
 
 
 @triton.jit
 def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
-                  H, W, Ho, Wo, G, split_size, num_splits, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp,
+                  B, num_samples, H, W, Ho, Wo, G, split_size, num_splits, s_vb, s_vy, s_vx, s_lb, s_lc, s_lp,
                   KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
                   HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ATTENTION: tl.constexpr, NORMALIZE: tl.constexpr,
-                  MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr,
-                  STRIP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_J: tl.constexpr, NARROW: tl.constexpr):
-    """Partial dmul and dadd, (B * num_splits, KERNEL_SIZE, KERNEL_SIZE rounded up to blocks of BLOCK_J, C).
+                  MUL: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr,
+                  STRIP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Partial dmul and dadd, (groups * num_splits, KERNEL_SIZE, KERNEL_SIZE rounded up to blocks of BLOCK_J, C).
 
         a[t]    = as in the forward pass                               for each b, g and output pixel (y, x)
         dmul[t] = sum over (y, x) of a[t] * go[y, x] * v(tap t)        (K, HEAD_DIM), of head g
         dadd[t] = sum over (y, x) of go[y, x] * v(tap t)               (K, HEAD_DIM), of head g
 
-    A program sums BLOCK_J neighbouring taps of a row over the split_size strips of one split of a sample. The programs
-    of one split follow each other, so that what the first reads of v and of go the others find in the cache.
-    The last strip of a row ends with the row, and counts no pixel of the strip before; those it does not count have a
-    product of 0, or of NaN, which that strip has, too. A row that is shorter than a strip is NARROW: behind it there
-    may be NaN that no output reads.
+    A program sums BLOCK_J neighbouring taps of a row over the split_size strips of one split of a group of num_samples
+    samples: one sample of which each has filters of its own; several if they are small, since the sum over a program's
+    threads costs the same however much they have summed. The programs of one split follow each other, so that what the
+    first reads of v and of go the others find in the cache.
+    Pixels that a strip does not count have a product of 0, or of NaN, which the strip that counts them has, too.
     """
     blocks_per_row: tl.constexpr = (KERNEL_SIZE + BLOCK_J - 1) // BLOCK_J
-    split = tl.program_id(0) // (KERNEL_SIZE * blocks_per_row)  # of all samples
+    split = tl.program_id(0) // (KERNEL_SIZE * blocks_per_row)  # of all groups
     block = tl.program_id(0) % (KERNEL_SIZE * blocks_per_row)  # a row of taps, or a part of one
     i, first_j = block // blocks_per_row, block % blocks_per_row * BLOCK_J
-    b = (split // num_splits).to(tl.int64)
+    first_b = split // num_splits * num_samples
     g = tl.program_id(1)
     per_row = (Wo + STRIP - 1) // STRIP
+    per_sample = Ho * per_row
     first = split % num_splits * split_size
-    last = tl.minimum(first + split_size, Ho * per_row)
+    last = tl.minimum(first + split_size, tl.minimum(num_samples, B - first_b) * per_sample)
     o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < HEAD_DIM
+    m_d = None if HEAD_DIM == BLOCK_D else o_d < HEAD_DIM
     C = G * HEAD_DIM
 
-    p_v += b * s_vb + g * HEAD_DIM
-    p_go += b * Ho * Wo * C + g * HEAD_DIM
-    p_logits += b * s_lb + (g * (KERNEL_SIZE * KERNEL_SIZE) + i * KERNEL_SIZE) * s_lc
-    p_lse += (b * G + g) * (2 * Ho * Wo)
     b_dmul, b_dadd = (), ()
     for j in tl.static_range(BLOCK_J):
         b_dmul = b_dmul + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
         b_dadd = b_dadd + (tl.zeros([BLOCK_S, BLOCK_D], dtype=ACC),)
     for start in range(first, last, BLOCK_S):
         o_s = start + tl.arange(0, BLOCK_S)
+        m_s = o_s < last
+        b = (first_b + o_s // per_sample).to(tl.int64)  # [BLOCK_S], as all that follows
+        o_s = o_s % per_sample
         o_y, o_new = o_s // per_row, o_s % per_row * STRIP
-        o_x = tl.minimum(o_new, tl.maximum(Wo - STRIP, 0))
+        o_x = tl.minimum(o_new, Wo - STRIP)
         o_p = o_y * Wo + o_x
-        p_row, m_y = row_of_window(p_v, o_y, o_x, o_d, i, H, Ho, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
-        m_y &= o_s < last
+        p_pixel, o_vy, o_vx = corner_of_window(p_v + b * s_vb + g * HEAD_DIM, o_y, o_x, o_d, s_vy, s_vx,
+                                               KERNEL_SIZE, DILATION, STRIDE)
+        p_pixel += i * DILATION * s_vy + first_j * DILATION * s_vx
+        m_y = m_s & inside(o_vy + i * DILATION, H)
+        p_l = p_logits + b * s_lb + (g * (KERNEL_SIZE * KERNEL_SIZE) + i * KERNEL_SIZE) * s_lc + o_p * s_lp
         m_p, b_go, b_max, b_log = (), (), (), ()
         for p in tl.static_range(STRIP):
-            m = (o_s < last) & (o_x + p >= o_new) & (o_x + p < Wo)
+            m = m_s & (o_x + p >= o_new)
             m_p = m_p + (m,)
-            p_g = (p_go + (o_p + p) * C)[:, None] + o_d[None, :]
-            b_go = b_go + (tl.load(p_g, mask=m[:, None] & m_d[None, :], other=0.0).to(ACC),)
+            p_g = (p_go + b * (Ho * Wo * C) + g * HEAD_DIM + (o_p + p) * C)[:, None] + o_d[None, :]
+            b_go = b_go + (load_channels(p_g, m, m_d, ACC, PAIRS),)
             if MUL and NORMALIZE:
-                b_m, b_l = load_log_sum_exp(p_lse + o_p + p, Ho * Wo, m)
+                b_m, b_l = load_log_sum_exp(p_lse + (b * G + g) * (2 * Ho * Wo) + o_p + p, Ho * Wo, m)
                 b_max, b_log = b_max + (b_m,), b_log + (b_l,)
             else:
                 b_max, b_log = b_max + (0.0,), b_log + (0.0,)
         for column in tl.static_range(BLOCK_J + STRIP - 1):
-            b_v = load_pixel(p_row, o_x * STRIDE, first_j + column - KERNEL_SIZE // 2, DILATION, s_vx, W, m_y, m_d, ACC)
+            b_v = load_channels(p_pixel, m_y & inside(o_vx + (first_j + column) * DILATION, W), m_d, ACC, PAIRS)
+            p_pixel += DILATION * s_vx
             for p in tl.static_range(STRIP):
                 if column - p >= 0 and column - p < BLOCK_J:  # what pixel p reads as the block's tap column - p
                     b_product = b_v * b_go[p]  # [BLOCK_S, BLOCK_D] * [BLOCK_S, BLOCK_D] -> [BLOCK_S, BLOCK_D]
-                    if p > 0 and NARROW:
-                        b_product = tl.where(m_p[p][:, None], b_product, 0.0)
                     if ADD:
                         b_sum = b_dadd[column - p] + b_product
                         b_dadd = b_dadd[:column - p] + (b_sum,) + b_dadd[column - p + 1:]
                     if MUL:
-                        p_l = p_logits + (o_p + p) * s_lp + tl.minimum(first_j + column - p, KERNEL_SIZE - 1) * s_lc
-                        b_a = load_attention(p_l, b_max[p], b_log[p], m_p[p], NORMALIZE, ACC)
+                        right = p * s_lp + tl.minimum(first_j + column - p, KERNEL_SIZE - 1) * s_lc
+                        b_a = load_attention(p_l + right, m_p[p], b_max[p], b_log[p], NORMALIZE, ACC)
                         # [BLOCK_S, BLOCK_D] * [BLOCK_S, 1] -> [BLOCK_S, BLOCK_D]
                         b_sum = b_dmul[column - p] + b_product * b_a[:, None]
                         b_dmul = b_dmul[:column - p] + (b_sum,) + b_dmul[column - p + 1:]

@@ -57,6 +57,17 @@ def test_several_splits_of_the_filters_gradients(monkeypatch):
 
 
 @on_triton
+def test_samples_that_share_programs(monkeypatch):
+    """Two samples a group, of which the last has one; a program's strips begin in one sample and end in the next."""
+    from kernels import aggregation
+    monkeypatch.setattr(aggregation, "GROUP_SIZE", 2 * 2 * 5)
+    monkeypatch.setattr(aggregation, "candidates", lambda *_: [dict(BLOCK_S=4, num_warps=1)])
+    with backend("triton") as device:
+        for filters in ("static", "per-sample"):
+            Case(B=3, H=2, W=5, heads=1, mul=filters, dtype=torch.float32, device=device).check()
+
+
+@on_triton
 def test_several_programs_of_one_sample_and_head(monkeypatch):
     from kernels import aggregation
     smallest = dict(BLOCK_S=4, num_warps=1)

@@ -263,6 +263,18 @@ def test_loads_extend_signs_and_vectors_go_from_low_to_high_addresses():
     np.testing.assert_array_equal(out, want)
 
 
+def test_a_register_that_is_set_before_a_load_counts_if_the_load_may_be_skipped():
+    source, out = np.arange(32, dtype=np.uint64), np.zeros(32, np.uint64)
+    moves = lambda text: run(f"{place(0, 8)} setp.lt.u32 %p1, %r0, 8; {text} {place(1, 8, '%rd98')}"
+                             "st.global.b64 [%rd98], %rd1;", source, out)["instructions"]["move"]
+    without = moves("ld.global.b64 {%rd1}, [%rd99];")
+    assert moves("mov.b64 %rd1, 9; ld.global.b64 {%rd1}, [%rd99];") == without and out.tolist() == source.tolist()
+    assert moves("mov.b64 %rd1, %rd99; ld.global.b64 {%rd1}, [%rd1 + 0];") == without + 1
+    assert out.tolist() == source.tolist()
+    assert moves("mov.b64 %rd1, 9; @%p1 ld.global.b64 {%rd1}, [%rd99];") == without + 1
+    assert out.tolist() == [*range(8), *[9] * 24]
+
+
 def test_threads_that_part_at_branches_meet_again():
     """Each thread counts down from its number; odd ones then add 100; a barrier comes after."""
     out = np.zeros(64, np.uint32)

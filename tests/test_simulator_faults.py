@@ -34,6 +34,12 @@ def test_the_kernel_without_a_mistake():
     assert reverse().tolist() == [*range(64, 0, -1), 0, 0, 0, 0, 0, 0]
 
 
+def test_threads_wait_at_a_barrier_for_those_that_took_another_branch():
+    """Even if that branch lies behind the barrier."""
+    body = REVERSED.replace("bar.sync 0;\n    sub", "@%p1 bra $far;\n$near: bar.sync 0;\n    sub")
+    assert reverse(f"{body} ret;\n$far: bra.uni $near;").tolist() == reverse().tolist()
+
+
 @pytest.mark.parametrize("before,after,said", [
     ("bar.sync 0;\n    sub", "sub", "another warp wrote since the last barrier is read"),
     ("bar.sync 0;\n    st", "st", "another warp read since the last barrier is written"),
@@ -48,6 +54,7 @@ def test_the_kernel_without_a_mistake():
     ("st.shared.b32 [%r4], %r3", "@%p1 st.shared.b32 [%r4], %r3", "nobody wrote is read"),
     ("st.shared.b32 [%r4], %r3", "st.shared.b32 [0], %r3", "two warps write different numbers"),
     ("bar.sync 0;\n    sub", "@%p1 bar.sync 0; sub", "not all threads of the program reach"),
+    ("bar.sync 0;\n    sub", "@%p1 ret; bar.sync 0; sub", "not all threads of the program reach"),
     ("bar.sync 0;\n    sub", "@!%p1 trap; sub", "trap"),
     ("bar.sync 0;\n    sub", "bar.sync 1; sub", "not known here: .*bar.sync 1"),
     ("shl.b32", "brev.b32", "not known here: brev.b32"), ("mad.lo.s32", "mad.lo.sat.s32", "not known here: mad.lo.sat"),

@@ -30,7 +30,15 @@ class Program:
             if statement.startswith("label "):
                 self.labels[statement[6:]] = len(self.code)
             elif statement and not statement.startswith("."):  # a directive among inline assembly
-                self.code.append(Instruction(statement))
+                self._append(Instruction(statement))
+
+    def _append(self, i):
+        """Triton sets registers before it loads them; where no guard may skip the load, the assembler drops that."""
+        if i.base == "ld" and not i.guard:
+            loaded = set(names(i.operands[0])) - set(names(i.operands[1].strip("[]").partition("+")[0]))
+            while self.code and self.code[-1].base == "mov" and self.code[-1].operands[0] in loaded:
+                self.code.pop()
+        self.code.append(i)
 
 
 class Instruction:

@@ -77,6 +77,7 @@ class Execution:
         self.copies, self.copy_groups = [], []  # asynchronous copies not yet in a group; groups not yet waited for
         self.products, self.product_groups = [], []  # the same of products of four warps
         self.promised = set()  # registers that such products will write
+        self.arrived = {}  # {index of a barrier: the threads that wait there for others of their program}
         self.instruction = self.involved = None
 
     def run(self):
@@ -84,6 +85,8 @@ class Execution:
         while waiting:
             at = min(waiting)
             self._run_until_parted(at, waiting.pop(at), waiting)
+        for at, mask in self.arrived.items():
+            self._refuse_barrier(self.program.code[at], mask)
 
     def _run_until_parted(self, at, active, waiting):
         def wait(at, mask):
@@ -102,10 +105,12 @@ class Execution:
                 return
             if i.base in ("ret", "exit"):
                 active = active & ~mask
-                if not active.any():
-                    return
+            elif i.base == "bar" and "warp" not in i.parts:
+                active = self._barrier(i, at, active, mask)
             else:
                 self._execute(i, mask)
+            if not active.any():
+                return
             at += 1
             if waiting and min(waiting) <= at:
                 wait(at, active)
@@ -121,9 +126,7 @@ class Execution:
         try:
             if i.base == "trap" and mask.any():
                 raise Fault("trap")
-            if i.base == "bar" and "warp" not in i.parts:
-                self._barrier(i, mask)
-            elif i.base in INSTRUCTIONS and (i.base != "fence" or "proxy" in i.parts):
+            if i.base in INSTRUCTIONS and (i.base != "fence" or "proxy" in i.parts):
                 with np.errstate(all="ignore"):
                     INSTRUCTIONS[i.base][0](self, i, mask)
         except Fault as fault:
@@ -138,13 +141,24 @@ class Execution:
         first = lanes[0]
         return f"program {self.programs[self.own[first]]}, thread {self.thread[first]} (of {len(lanes)} such threads): "
 
-    def _barrier(self, i, mask):
+    def _barrier(self, i, at, active, mask):
+        """The threads that go on. Those of programs whose other threads took another branch wait for these."""
         if i.operands[0] != "0" or i.operands[1:] not in ([], [str(self.threads)]):
-            self.unknown(i)
-        count = np.bincount(self.own[mask], minlength=len(self.programs))
-        if ((count > 0) & (count < self.threads)).any():
-            raise Fault("a barrier that not all threads of the program reach")
-        self.shared.epoch[count > 0] += 1
+            raise unknown(i)
+        skip = active & ~mask
+        if np.isin(self.own[skip], self.own[mask]).any():
+            self._refuse_barrier(i, mask)
+        come = mask | self.arrived.pop(at, np.False_)
+        complete = np.bincount(self.own[come], minlength=len(self.programs)) == self.threads
+        self.shared.epoch[complete] += 1
+        wait = come & ~complete[self.own]
+        if wait.any():
+            self.arrived[at] = wait
+        return skip | come & ~wait
+
+    def _refuse_barrier(self, i, mask):
+        self.involved = mask
+        raise Fault(f"a barrier that not all threads of the program reach: {self._place(None)}{i.text}")
 
     def unknown(self, i):
         raise Fault("an instruction that is not known here")
