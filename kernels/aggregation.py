@@ -101,9 +101,10 @@ def _dghost(args, go, lse, mul, add, needs):
     for need, part, ghost in zip(needs, parts, (mul, add)):
         if need:
             # (groups, num_splits, kernel_size, kernel_size.., C) -> (C, kernel_size, kernel_size), before it the groups
-            # where each is a sample with a filter of its own
-            grad = part[:, :, :, :kernel_size].sum((0, 1) if ghost.ndim == 3 else 1)
-            grads.append(grad.movedim(-1, -3).contiguous().to(ghost.dtype))
+            # where each is a sample with a filter of its own; in one launch, in the memory of the result
+            part = part[:, :, :, :kernel_size].movedim(-1, 2)
+            grad = torch.empty(ghost.shape, dtype=part.dtype, device=go.device)
+            grads.append(torch.sum(part, (0, 1) if ghost.ndim == 3 else 1, out=grad).to(ghost.dtype))
         else:
             grads.append(None)
     return grads
