@@ -27,14 +27,14 @@ One letter means one thing in all files (argument names of the public functions 
     h               q * k                                u, z         before and after GELU
     p; s            pixel of a strip or tile; strip      d.., go      gradient of ..; of out
     n; w            groups in a block; their width       o_jc         distance of the channels of a row's neighbours
-    x               in launchers also any tensor         x1, x2       factors of the product that pad_kernel makes
+    x               in launchers also any tensor         x1, x2       factors of multiply_kernel's product
 
     STRIP      neighbouring pixels of a row that share what they load     BLOCK_S    strips of a program
-    HEAD_DIM   channels of a head, padded to BLOCK_D                      BLOCK_P    pixels of a program
+    HEAD_DIM   channels of a head, padded to BLOCK_D                      BLOCK_P    pixels, or patches, of a program
     CHANNELS   channels of a block of groups, padded to BLOCK_C           BLOCK_J    taps of a row in one product or sum
     BLOCK_T    taps of a row, padded                                      ACC        type of the sums
     groups     of samples that share programs                             splits     parts of a sum, one a program
-    edge, pitch     zeros around an image; distance between its rows
+    edge, pitch     on a CPU, zeros around an image; distance between its rows
 
     p_ pointers   b_ tiles in registers   o_ offsets   m_ masks   s_ strides in elements
 """

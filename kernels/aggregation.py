@@ -9,6 +9,7 @@ from .aggregation_kernels import dghost_kernel, dlogits_kernel, dv_kernel, forwa
 GROUP_SIZE = 4096  # pixels of several small samples that programs share
 SPLIT_SIZE = 512  # strips that one program of dghost_kernel sums
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were decorated
+MAX_TAPS = 64  # of a pixel, a row padded: as many sums of dlogits_kernel as a thread can hold
 MAX_BLOCK_J = 7  # taps of a row: sums for eight channels of each of seven are what a thread can hold
 
 
@@ -66,12 +67,13 @@ def _dlogits(args, go, lse, logits):
     dlogits = result if _pixel_strides(result) else torch.empty(logits.shape, dtype=logits.dtype, device=go.device)
     strides = _pixel_strides(dlogits)
     flags = {name: args.flags[name] for name in ("NORMALIZE", "MUL", "ACC", "PAIRS")}
+    BLOCK_T = triton.next_power_of_2(args.kernel_size)
 
     def launch(**config):
         dlogits_kernel[args.grid(args.Ho, args.Wo, config)](
             args.v, go, args.logits, args.mul, lse, dlogits,
             *args.sizes, args.kernel_size, *args.v_strides, *args.logits_strides, *strides, args.mul_stride,
-            **args.constants, **flags, BLOCK_T=triton.next_power_of_2(args.kernel_size), **config)
+            **args.constants, **flags, BLOCK_T=BLOCK_T, ALL=args.kernel_size * BLOCK_T <= MAX_TAPS, **config)
 
     tuning.launch(dlogits_kernel, args.key, args.candidates(args.Ho, args.Wo, 255), launch, go.device)
     return result if dlogits is result else result.copy_(dlogits)

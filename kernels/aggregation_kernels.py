@@ -149,15 +149,16 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
                    KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
                    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
                    MUL: tl.constexpr, ACC: tl.constexpr, PAIRS: tl.constexpr,
-                   STRIP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr):
+                   STRIP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, ALL: tl.constexpr):
     """dlogits, laid out as logits are.
 
         a[t]       = as in the forward pass                                    for each b, g and output pixel (y, x)
         da[t]      = sum over the head's channels of go * v(tap t) * mul[t]    (K,)
         dlogits[t] = a[t] * (da[t] - sum_t a[t] * da[t])                       (K,); without NORMALIZE da[t]
 
-    All of da stays in registers. A sum over channels ends in every thread that has some of them. Each keeps it for one
-    of its strip's pixels, so that with heads of 32 channels a thread ends up with all taps of one pixel.
+    A sum over channels ends in every thread that has some of them. Each keeps it for one of its strip's pixels, so that
+    with heads of 32 channels a thread ends up with all taps of one pixel. With ALL, of windows that are not too long,
+    all of da stays in registers; else a first walk over the window is for the sum over t alone.
     """
     first_b, b, o_y, o_x, o_new = strips(B, num_samples, Ho, Wo, STRIP, BLOCK_S, False)
     g = tl.program_id(1)
@@ -168,55 +169,88 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
 
     p_v += b * s_vb + g * HEAD_DIM
     p_mul += first_b * s_mul + g * HEAD_DIM + o_d
-    o_slot = tl.arange(0, STRIP * BLOCK_T)  # pixel o_slot // BLOCK_T of a strip and tap o_slot % BLOCK_T of a row
-    b_go, b_da = (), ()
+    b_go = ()
     for p in tl.static_range(STRIP):
         p_g = (p_go + b * (Ho * Wo * C) + g * HEAD_DIM + (o_p + p) * C)[:, None] + o_d[None, :]
         b_go = b_go + (load_channels(p_g, o_y >= 0, m_d, ACC, PAIRS),)
-    for row in tl.static_range(KERNEL_SIZE):
-        b_da = b_da + (tl.zeros([BLOCK_S, STRIP * BLOCK_T], dtype=ACC),)
-    p_row, o_vy, o_vx = corner_of_window(p_v, o_y, o_x, o_d, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
-    for i in range(num_rows):
-        b_v, p_pixel, b_row = (b_go[0],), p_row, b_da[0]  # the window, as in sum_over_taps; all of b_row is replaced
-        for column in tl.static_range(STRIP - 1 + KERNEL_SIZE):
-            m_v = inside(o_vy, H) & inside(o_vx + column * DILATION, W)
-            b_v = b_v + (load_channels(p_pixel, m_v, m_d, ACC, PAIRS),)
-            p_pixel += DILATION * s_vx
-            if column >= STRIP - 1:
-                b_v = b_v[1:]
-                b_mul, _ = load_ghosts(p_mul, p_mul, m_d, MUL, False)
-                p_mul += C
-                for p in tl.static_range(STRIP):
-                    b_product = b_go[p] * b_v[p]  # [BLOCK_S, BLOCK_D] * [BLOCK_S, BLOCK_D] -> [BLOCK_S, BLOCK_D]
-                    if MUL:
-                        b_product *= b_mul
-                    slot = p * BLOCK_T + column - (STRIP - 1)
-                    b_row = tl.where(o_slot[None, :] == slot, tl.sum(b_product, axis=1)[:, None], b_row)
-        for row in tl.static_range(KERNEL_SIZE):
-            b_da = b_da[:row] + (tl.where(i == row, b_row, b_da[row]),) + b_da[row + 1:]
-        p_row, o_vy = p_row + DILATION * s_vy, o_vy + DILATION
+    p_first, o_first, o_vx = corner_of_window(p_v, o_y, o_x, o_d, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
 
     _, b, o_y, o_x, o_new = strips(B, num_samples, Ho, Wo, STRIP, BLOCK_S, True)
-    o_p = o_y * Wo + o_x
-    p_l = p_logits + b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc + o_p * s_lp
+    m_p, o_p = o_x >= o_new, o_y * Wo + o_x
+    p_logits += b * s_lb + g * (KERNEL_SIZE * KERNEL_SIZE) * s_lc + o_p * s_lp
     p_dl = p_dlogits + b * s_db + g * (KERNEL_SIZE * KERNEL_SIZE) * s_dc + o_p * s_dp
-    b_inner, b_a, b_dl = tl.zeros([BLOCK_S * STRIP], dtype=ACC), (), ()
-    if NORMALIZE:
-        b_max, b_log = load_log_sum_exp(p_lse + (b * G + g) * (2 * Ho * Wo) + o_p, Ho * Wo, None)
-    for row in tl.static_range(KERNEL_SIZE):
-        b_row = columns(tl.reshape(b_da[row], [BLOCK_S * STRIP, BLOCK_T]), BLOCK_T)
-        for j in tl.static_range(KERNEL_SIZE):
-            b_dl = b_dl + (b_row[j],)
-            if NORMALIZE:
-                b_a = b_a + (load_attention(p_l, None, b_max, b_log, True, ACC),)
-                b_inner += b_a[row * KERNEL_SIZE + j] * b_row[j]
-                p_l += s_lc
-    for t in tl.static_range(KERNEL_SIZE * KERNEL_SIZE):
+    b_inner, b_max, b_log = tl.zeros([BLOCK_S * STRIP], dtype=ACC), (), ()
+    if ALL:
+        b_da = ()
+        for row in tl.static_range(KERNEL_SIZE):
+            b_da = b_da + (tl.zeros([BLOCK_S, STRIP * BLOCK_T], dtype=ACC),)
+        p_row, p_m, o_vy = p_first, p_mul, o_first
+        for i in range(num_rows):
+            b_row = sums_over_channels(p_row, p_m, b_go, inside(o_vy, H), o_vx, m_d, W, C, s_vx,
+                                       KERNEL_SIZE, DILATION, MUL, ACC, PAIRS, STRIP, BLOCK_S, BLOCK_T)
+            for row in tl.static_range(KERNEL_SIZE):
+                b_da = b_da[:row] + (tl.where(i == row, b_row, b_da[row]),) + b_da[row + 1:]
+            p_row, p_m, o_vy = p_row + DILATION * s_vy, p_m + KERNEL_SIZE * C, o_vy + DILATION
         if NORMALIZE:
-            tl.store(p_dl, b_a[t] * (b_dl[t] - b_inner), mask=o_x >= o_new)
-        else:
-            tl.store(p_dl, b_dl[t], mask=o_x >= o_new)
-        p_dl += s_dc
+            b_max, b_log = load_log_sum_exp(p_lse + (b * G + g) * (2 * Ho * Wo) + o_p, Ho * Wo, None)
+        b_a, b_dl = (), ()
+        for row in tl.static_range(KERNEL_SIZE):
+            b_row = columns(tl.reshape(b_da[row], [BLOCK_S * STRIP, BLOCK_T]), BLOCK_T)
+            for j in tl.static_range(KERNEL_SIZE):
+                b_dl = b_dl + (b_row[j],)
+                if NORMALIZE:
+                    b_a = b_a + (load_attention(p_logits, None, b_max, b_log, True, ACC),)
+                    b_inner += b_a[row * KERNEL_SIZE + j] * b_row[j]
+                    p_logits += s_lc
+        for t in tl.static_range(KERNEL_SIZE * KERNEL_SIZE):
+            tl.store(p_dl, b_a[t] * (b_dl[t] - b_inner) if NORMALIZE else b_dl[t], mask=m_p)
+            p_dl += s_dc
+    else:
+        if NORMALIZE:
+            b_max, b_log = load_log_sum_exp(p_lse + (b * G + g) * (2 * Ho * Wo) + o_p, Ho * Wo, None)
+        for walk in tl.static_range(0 if NORMALIZE else 1, 2):
+            p_row, p_m, p_l, o_vy = p_first, p_mul, p_logits, o_first
+            for i in range(num_rows):
+                b_row = sums_over_channels(p_row, p_m, b_go, inside(o_vy, H), o_vx, m_d, W, C, s_vx,
+                                           KERNEL_SIZE, DILATION, MUL, ACC, PAIRS, STRIP, BLOCK_S, BLOCK_T)
+                b_row = columns(tl.reshape(b_row, [BLOCK_S * STRIP, BLOCK_T]), BLOCK_T)
+                for j in tl.static_range(KERNEL_SIZE):
+                    b_dl = b_row[j]
+                    if NORMALIZE:
+                        b_a = load_attention(p_l, None, b_max, b_log, True, ACC)
+                        b_dl = b_a * (b_dl - b_inner)
+                    if walk == 0:
+                        b_inner += b_a * b_row[j]
+                    else:
+                        tl.store(p_dl, b_dl, mask=m_p)
+                        p_dl += s_dc
+                    p_l += s_lc
+                p_row, p_m, o_vy = p_row + DILATION * s_vy, p_m + KERNEL_SIZE * C, o_vy + DILATION
+
+
+@triton.jit
+def sums_over_channels(p_row, p_mul, b_go, m_y, o_vx, m_d, W, C, s_vx,
+                       KERNEL_SIZE: tl.constexpr, DILATION: tl.constexpr, MUL: tl.constexpr, ACC: tl.constexpr,
+                       PAIRS: tl.constexpr, STRIP: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr):
+    """da of a row of taps: [BLOCK_S, STRIP * BLOCK_T], pixel by pixel of each strip, and tap by tap."""
+    o_slot = tl.arange(0, STRIP * BLOCK_T)
+    b_da = tl.zeros([BLOCK_S, STRIP * BLOCK_T], dtype=ACC)
+    b_v = (b_go[0],)  # the window, as in sum_over_taps
+    for column in tl.static_range(STRIP - 1 + KERNEL_SIZE):
+        m_v = m_y & inside(o_vx + column * DILATION, W)
+        b_v = b_v + (load_channels(p_row, m_v, m_d, ACC, PAIRS),)
+        p_row += DILATION * s_vx
+        if column >= STRIP - 1:
+            b_v = b_v[1:]
+            b_mul, _ = load_ghosts(p_mul, p_mul, m_d, MUL, False)
+            p_mul += C
+            for p in tl.static_range(STRIP):
+                b_product = b_go[p] * b_v[p]  # [BLOCK_S, BLOCK_D] * [BLOCK_S, BLOCK_D] -> [BLOCK_S, BLOCK_D]
+                if MUL:
+                    b_product *= b_mul
+                slot = p * BLOCK_T + column - (STRIP - 1)
+                b_da = tl.where(o_slot[None, :] == slot, tl.sum(b_product, axis=1)[:, None], b_da)
+    return b_da
 
 
 @triton.jit

@@ -43,7 +43,9 @@ def test_layouts_strides_dilations_and_filters(name, problem):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_more_taps_in_a_row_than_one_program_sums(name):
     with backend(name) as device:
-        Case(H=2, W=5, heads=1, width=2, kernel_size=9, mul="static", dtype=torch.float32, device=device).check()
+        for normalize in (True, False):
+            Case(H=2, W=5, heads=1, width=2, kernel_size=9, mul="static", normalize=normalize, dtype=torch.float32,
+                 device=device).check()
 
 
 @on_triton

@@ -20,6 +20,7 @@ AGGREGATION = {"forward_kernel", "dv_kernel", "dlogits_kernel", "dghost_kernel"}
 AGGREGATIONS = {
     "swin": dict(B=2, H=5, W=7, heads=3, width=32, kernel_size=7, dtype="bfloat16", v_layout="slice of a projection"),
     "volo": dict(H=6, W=5, heads=2, width=32, kernel_size=5, mul="static", dtype="float16", logits_layout="nhwc"),
+    "long window": dict(H=4, W=10, heads=2, width=16, kernel_size=9, mul="static", dtype="bfloat16"),
     "strided": dict(B=2, H=7, W=9, width=24, stride=2, mul="per-sample", add="per-sample", dtype="float32"),
     "dilated": dict(H=9, W=7, width=5, kernel_size=5, dilation=2, normalize=False, mul="static", dtype="float32"),
     "double": dict(H=3, W=5, width=3, mul="static", lam=2, gamma=-0.5, dtype="float64"),
