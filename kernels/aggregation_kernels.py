@@ -22,6 +22,7 @@ from .window import (
     load_log_sum_exp,
     log_sum_exp,
     reading_pixel,
+    replaced,
     strips,
     sum_over_taps,
 )
@@ -134,7 +135,7 @@ def dv_kernel(p_go, p_logits, p_mul, p_add, p_lse, p_dv,
                     b_f = load_filter(p_l + (p - (STRIP - 1)) * s_lp, m_out[p], b_mul, b_add, b_max[p], b_log[p],
                                       ATTENTION, NORMALIZE, MUL, ADD, ACC)
                     # [BLOCK_S, BLOCK_D] * [1 or BLOCK_S, 1 or BLOCK_D] -> [BLOCK_S, BLOCK_D]
-                    b_dv = b_dv[:p] + (b_dv[p] + b_go[p] * b_f,) + b_dv[p + 1:]
+                    b_dv = replaced(b_dv, p, b_dv[p] + b_go[p] * b_f)
                 p_l, p_m, p_a = p_l - s_lc, p_m - C, p_a - C
             p_g, p_s, p_l = p_g + DILATION * C, p_s + DILATION, p_l + DILATION * s_lp
     for p in tl.static_range(STRIP):
@@ -189,7 +190,7 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
             b_row = sums_over_channels(p_row, p_m, b_go, inside(o_vy, H), o_vx, m_d, W, C, s_vx,
                                        KERNEL_SIZE, DILATION, MUL, ACC, PAIRS, STRIP, BLOCK_S, BLOCK_T)
             for row in tl.static_range(KERNEL_SIZE):
-                b_da = b_da[:row] + (tl.where(i == row, b_row, b_da[row]),) + b_da[row + 1:]
+                b_da = replaced(b_da, row, tl.where(i == row, b_row, b_da[row]))
             p_row, p_m, o_vy = p_row + DILATION * s_vy, p_m + KERNEL_SIZE * C, o_vy + DILATION
         if NORMALIZE:
             b_max, b_log = load_log_sum_exp(p_lse + (b * G + g) * (2 * Ho * Wo) + o_p, Ho * Wo, None)
@@ -321,14 +322,12 @@ def dghost_kernel(p_v, p_go, p_logits, p_lse, p_dmul, p_dadd,
                 if column - p >= 0 and column - p < BLOCK_J:  # what pixel p reads as the block's tap column - p
                     b_product = b_v * b_go[p]  # [BLOCK_S, BLOCK_D] * [BLOCK_S, BLOCK_D] -> [BLOCK_S, BLOCK_D]
                     if ADD:
-                        b_sum = b_dadd[column - p] + b_product
-                        b_dadd = b_dadd[:column - p] + (b_sum,) + b_dadd[column - p + 1:]
+                        b_dadd = replaced(b_dadd, column - p, b_dadd[column - p] + b_product)
                     if MUL:
                         right = p * s_lp + tl.minimum(first_j + column - p, KERNEL_SIZE - 1) * s_lc
                         b_a = load_attention(p_l + right, m_p[p], b_max[p], b_log[p], NORMALIZE, ACC)
                         # [BLOCK_S, BLOCK_D] * [BLOCK_S, 1] -> [BLOCK_S, BLOCK_D]
-                        b_sum = b_dmul[column - p] + b_product * b_a[:, None]
-                        b_dmul = b_dmul[:column - p] + (b_sum,) + b_dmul[column - p + 1:]
+                        b_dmul = replaced(b_dmul, column - p, b_dmul[column - p] + b_product * b_a[:, None])
     for j in tl.static_range(BLOCK_J):
         o_f = (split.to(tl.int64) * (KERNEL_SIZE * blocks_per_row) + block) * BLOCK_J * C + j * C + g * HEAD_DIM + o_d
         if ADD:

@@ -96,10 +96,16 @@ def sum_over_taps(b_out, p_v, p_logits, p_mul, p_add, b_max, b_log, o_y, o_x, o_
                     b_f = load_filter(p_logits + p * s_lp, None, b_mul, b_add, b_max[p], b_log[p],
                                       ATTENTION, NORMALIZE, MUL, ADD, ACC)
                     # [BLOCK_S, BLOCK_D] * [1 or BLOCK_S, 1 or BLOCK_D] -> [BLOCK_S, BLOCK_D]
-                    b_out = b_out[:p] + (b_out[p] + b_v[p] * b_f,) + b_out[p + 1:]
+                    b_out = replaced(b_out, p, b_out[p] + b_v[p] * b_f)
                 p_logits, p_mul, p_add = p_logits + s_lc, p_mul + C, p_add + C
         p_row, o_vy = p_row + DILATION * s_vy, o_vy + DILATION
     return b_out
+
+
+@triton.jit
+def replaced(tiles, place: tl.constexpr, tile):
+    """A tuple of tiles with another one in this place."""
+    return tiles[:place] + (tile,) + tiles[place + 1:]
 
 
 @triton.jit

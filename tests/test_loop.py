@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_names_its_images(tmp_path, config, folder, pa
             passes.append(1)
             return sum(parameter.sum() for parameter in model.parameters()) * (math.nan if len(passes) == guilty else 0)
         options = dict(data=str(tmp_path / "data"), out=str(tmp_path / f"run{guilty}"), batch_size=4, accumulate=2,
-                       limit=4)
+                       limit=4, workers=0)
         folder(tmp_path / "data") if guilty == 1 else None
         training = SimpleNamespace(datasets=task.training.datasets, loss=loss)
         with pytest.raises(FloatingPointError, match=f"It is of .*{pattern}, .*{pattern}. `--resume`") as error:
