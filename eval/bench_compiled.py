@@ -60,8 +60,8 @@ def launches(shape, dtype, target):
     with _recording(recorded, TARGETS[target].warp_size):
         _, lse = aggregation.forward(v, logits, mul, add, *numbers)
         aggregation.backward(v, v, logits, mul, add, lse, *numbers, (True, True, multiplicative, True))
-        _, u = convolution.forward(q, k, weight, bias, 1.0, 1)
-        convolution.backward(u, u, q, k, weight, 1.0, 1)
+        z, slope = convolution.forward(q, k, weight, bias, 1.0, 1)
+        convolution.backward(z, slope, q, k, weight, 1.0, 1)
     different = {}
     for kernel, arguments, constants in recorded:
         identity = kernel.__name__, str(_signature(kernel, arguments, constants)), str(constants)

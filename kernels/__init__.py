@@ -24,9 +24,9 @@ One letter means one thing in all files (argument names of the public functions 
     q, k, v         queries, keys, values                a            attention
     f               filter, a * mul + add                mul, add     ghost filters, lam and gamma applied
     l, lse          logits, their log-sum-exp: max, -log r            kernel_size // 2
-    h               q * k                                u, z         before and after GELU
+    h               q * k                                u, z, slope  before and after GELU, its derivative
     p; s            pixel of a strip or tile; strip      d.., go      gradient of ..; of out
-    n; w            groups in a block; their width       o_jc         distance of the channels of a row's neighbours
+    n               block of groups' channels            o_jc         neighbour in a row and channel in a block
     x               in launchers also any tensor         x1, x2       factors of multiply_kernel's product
 
     STRIP      neighbouring pixels of a row that share what they load     BLOCK_S    strips of a program

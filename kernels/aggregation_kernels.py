@@ -173,7 +173,7 @@ def dlogits_kernel(p_v, p_go, p_logits, p_mul, p_lse, p_dlogits,
     b_go = ()
     for p in tl.static_range(STRIP):
         p_g = (p_go + b * (Ho * Wo * C) + g * HEAD_DIM + (o_p + p) * C)[:, None] + o_d[None, :]
-        b_go = b_go + (load_channels(p_g, o_y >= 0, m_d, ACC, PAIRS),)
+        b_go = b_go + (load_channels(p_g, o_y >= 0, m_d, ACC, PAIRS),)  # all of them
     p_first, o_first, o_vx = corner_of_window(p_v, o_y, o_x, o_d, s_vy, s_vx, KERNEL_SIZE, DILATION, STRIDE)
 
     _, b, o_y, o_x, o_new = strips(B, num_samples, Ho, Wo, STRIP, BLOCK_S, True)

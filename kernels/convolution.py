@@ -111,7 +111,7 @@ class _Geometry:
     def __init__(self, q, weight, dilation):
         self.image, self.Q = q.shape[:3], q.shape[3]
         self.width, self.kernel_size = weight.shape[1:3]
-        self.dilation = dilation
+        self.dilation = dilation = min(dilation, max(self.image[1:]))  # from there on all taps beside it are outside
         self.channels = max(1, MIN_BLOCK_C // self.width) * self.width  # of a block
         self.num_blocks = triton.cdiv(self.Q, self.channels)
         self.dtype = torch.float32 if INTERPRETED else q.dtype  # the interpreter gets 16-bit products wrong

@@ -72,7 +72,8 @@ def _check_size(q, k, weight, dilation):
     block = H * W * max(8, 2 * weight.shape[1])
     checks.sample_fits("q", q, block)
     checks.sample_fits("k", k, block)
-    if q.device.type != "cpu" and B * (H + dilation) * (W + dilation) >= 2 ** 31:
+    edge = min(dilation, max(H, W))
+    if q.device.type != "cpu" and B * (H + edge) * (W + edge) >= 2 ** 31:
         raise ValueError(f"q: got {B} samples of {H} x {W}, expected fewer than 2**31 pixels in all; split the batch")
 
 

@@ -43,8 +43,9 @@ def test_layouts_strides_dilations_and_filters(name, problem):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_more_taps_in_a_row_than_one_program_sums(name):
     with backend(name) as device:
-        Case(H=2, W=5, heads=1, width=2, kernel_size=9, mul="static", normalize=False, dtype=torch.float32,
-             device=device).check()
+        for normalize in (True, False):
+            Case(H=2, W=5, heads=1, width=2, kernel_size=9, mul="static", normalize=normalize, dtype=torch.float32,
+                 device=device).check()
 
 
 @on_triton
@@ -89,9 +90,8 @@ def test_logits_of_a_few_hundred(name, dtype):
             assert_close(key, wanted[key], result.double(), 1e-3 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("name,index", [
-    pytest.param(name, index, marks=[pytest.mark.slow] if (name, index) == ("triton", 2) else [])  # a quarter minute
-    for name in BACKENDS for index in range(9)])
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("index", range(9))
 def test_golden(name, index):
     """Values and gradients of the published implementation, float64."""
     with backend(name) as device:

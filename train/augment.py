@@ -185,8 +185,9 @@ class Affine:
 
 
 def slide(image, slope, offset, axis, resampling):
-    """What Image.transform makes of an RGB PIL image whose lines move along themselves, in a quarter of the time: a
-    line (row for axis 1, column for 0) at y shows at x what was at x + slope * y + offset, pixel centres at halves.
+    """What Image.transform makes of an RGB PIL image whose lines move along themselves, sooner: with a bicubic filter
+    in half of the time or less. A line (row for axis 1, column for 0) at y shows at x what was at x + slope * y +
+    offset, pixel centres at halves.
 
     Of a hundred thousand values a few differ by one: Pillow's sums are float64.
     """
