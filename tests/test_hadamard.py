@@ -75,14 +75,14 @@ def test_kernels_of_torchs_convolution(H, W, groups, width, k, dilation, scale, 
 @on_triton
 def test_taps_beyond_everything_cost_no_patches():
     from kernels import convolution
+    q, weight = torch.zeros(2, 3, 5, 8), torch.zeros(8, 4, 3, 3)
+    assert convolution._Geometry(q, weight, 10 ** 9).num_patches(1) == 2 * 5 * 5
     case = problem(0, 2, 3, 5, 2, 4, 3)
     with backend("triton") as device:
         results = [ours(*case, 1.0, dilation, device) for dilation in (5, 6, 10 ** 9)]
     for want, *others in zip(expected(*case, 1.0, 5), *results):
         assert_close("at 5", want, others[0], 1e-4)
         assert all(torch.equal(others[0], other) for other in others[1:])
-    q, weight = torch.zeros(2, 3, 5, 8), torch.zeros(8, 4, 3, 3)
-    assert convolution._Geometry(q, weight, 10 ** 9).num_patches(1) == 2 * 5 * 5
 
 
 @on_triton
