@@ -71,8 +71,9 @@ def main():
         seconds = sum(max(cycles * pixels / (H100["multiprocessors"] * H100["hertz"]),
                           (launch["read_all"] + launch["written"]) / share(launch) / H100["bytes_per_second"])
                       for cycles, launch in zip(busy, device.launches))
+        estimate = f"; {seconds / pixels * 1e9:.2f} ns a pixel on an H100 (an estimate)" if args.arch == "sm_90" else ""
         print(f"{sum(busy):.0f} cycles a pixel, the largest of issue, special and memory path of each of {len(busy)} "
-              f"launches; {seconds / pixels * 1e9:.2f} ns a pixel on an H100 (an estimate)")
+              f"launches{estimate}")
 
 
 if __name__ == "__main__":
